@@ -1,0 +1,75 @@
+# PYTHON  the interpreter that `make setup` builds the environment from, and the one that `make gpu` runs on
+# VENV    where the environment lies; another one for another Python: make test VENV=.venv312 PYTHON=python3.12
+# JOBS    how many processes the tests use
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+endif
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+# Only where the environment has no torch yet. PyPI's wheels for Linux bring gigabytes of CUDA libraries, this index's do not.
+# With a GPU: make setup TORCH_INDEX=https://pypi.org/simple
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+READY := $(VENV)/.ready
+
+demo test prove examples: export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types docs examples prove bench gpu clean
+
+help:  ## print this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY)  ## create the environment and install autoshard into it (at once where that is done)
+
+demo: $(READY)  ## train a GPT on four processes and on one, compare, leave programs, plan and picture in out/demo
+	@$(BIN)/python examples/demo.py
+
+test: $(READY)  ## run the tests on the CPU
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS)
+
+check: lint types test docs examples  ## all that must be green: lint, types, tests, code blocks of the docs, examples
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check
+
+types: $(READY)  ## mypy
+	$(BIN)/mypy
+
+docs: $(READY)  ## run every Python block of the documentation
+	$(BIN)/python .ci/run_code_blocks.py README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
+
+examples: $(READY)  ## run every example, small
+	$(BIN)/python examples/demo.py --small --steps 3 --out out/examples
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
+	$(BIN)/python examples/plan_llama.py
+
+prove: $(READY)  ## run the property tests in full: 2,000 random graphs, meshes and plans
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m hypothesis
+
+bench: $(READY)  ## measure, and write the results to docs/benchmarks
+	$(BIN)/python tests/benchmarks/run.py
+
+gpu: autoshard/passes  ## check and measure on this machine's GPU; installs nothing, uses the current Python or PYTHON
+	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu/run.py
+
+clean:  ## remove what was built and written, the environment too
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml | autoshard/passes
+	@test -n "$(PYTHON)" || { echo "no Python from 3.11 to 3.13 found: name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "$(PYTHON) cannot create an environment: apt-get install python3-venv, or name another with PYTHON=" >&2; exit 1; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/python -m pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@command -v dot >/dev/null || echo "graphviz's dot is missing, pictures stay .gv sources: apt-get install graphviz"
+	@touch $@
+
+# The passes stand beside the library; the link makes them autoshard.passes in a checkout that is not installed, and for mypy.
+autoshard/passes:
+	@ln -s ../passes $@

@@ -1,0 +1,167 @@
+"""Candidates: for every node of a program, the joint strategies over all axes that are sound and whose sizes divide."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from autoshard.conversions import without_gradient
+from autoshard.costs import CostModel, split_of
+from autoshard.equation_builders import Call, TensorInfo
+from autoshard.equations import Equation, Strategy, strategies
+from autoshard.errors import RuleError
+from autoshard.placements import I, Layout, Placement, R, S, local_shape
+from autoshard.program import Program, call_of, facts, op_name
+from autoshard.rules import Rule, rule_of
+
+_MOST_SEGMENTS = 64
+_FEW_SEGMENTS = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a node: its strategy on every axis, the layouts it wants and gives, its seconds and kept bytes."""
+
+    strategies: tuple[Strategy, ...]
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
+    cost_s: float
+    kept_bytes: float = 0.0
+
+
+@dataclass
+class CandidateTable:
+    """Makes and remembers candidates; equal calls share one list, which is how repeated layers become equal tables."""
+
+    program: Program
+    costs: CostModel
+    segmentations: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
+    _known: dict[object, list[Candidate]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.segmentations = find_segmentations(self.program)
+
+    def of_op(self, node: fx.Node) -> list[Candidate]:
+        """Candidates of an op node; only whole ones when it has no rule."""
+        call = call_of(node)
+        key = (call.op, call.inputs, call.outputs, str(sorted(call.arguments.items(), key=lambda item: item[0])))
+        if key not in self._known:
+            self._known[key] = self._make(call, *bound_rule(node))
+        return self._known[key]
+
+    def of_parameter(self, value: TensorInfo) -> list[Candidate]:
+        """Layouts a parameter may rest in: whole or split, whose gradients lie as the parameter does."""
+        key = ("parameter", value)
+        if key not in self._known:
+            whole = I if value.needs_grad else R
+            splits = [S(dim, segments) for dim, size in enumerate(value.shape) for segments in ((), *self._equal_segments(size))]
+            options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
+            layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
+            self._known[key] = [
+                Candidate((), (), (layout,), self.costs.parameter_s(value, layout), 4.0 * self.costs.local_bytes(value, layout)) for layout in layouts
+            ]
+        return self._known[key]
+
+    def _equal_segments(self, size: int) -> list[tuple[int, ...]]:
+        return [segments for segments in self.segmentations.get(size, []) if len(set(segments)) == 1]
+
+    def _fits(self, value: TensorInfo, layout: Layout) -> bool:
+        return local_shape(value.shape, layout, self.program.mesh.shape) is not None
+
+    def _make(self, call: Call, rule: Rule | None, equation: Equation | None) -> list[Candidate]:
+        sizes = self.program.mesh.shape
+        if equation is None:
+            per_axis: list[Sequence[Strategy]] = [[whole_strategy(call, p) for p in ((R, I) if n > 1 else (I,))] for n in sizes]
+        else:
+            per_axis = [strategies(equation, n, self.segmentations) if n > 1 else [whole_strategy(call)] for n in sizes]
+            per_axis = [[settle(s, rule) for s in options] for options in per_axis]
+        values = (*call.inputs, *call.outputs)
+        best: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Candidate] = {}
+        for joint in itertools.product(*per_axis):
+            layouts = layouts_of(joint, values, len(call.inputs))
+            if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
+                continue
+            inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes))
+            kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
+            if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
+                best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
+        return list(best.values())
+
+
+def bound_rule(node: fx.Node) -> tuple[Rule | None, Equation | None]:
+    """The row of an op and its equation; (None, None) without a row, or where the row does not fit the call."""
+    rule = rule_of(op_name(node))
+    if rule is None:
+        return None, None
+    try:
+        return rule, rule.bind(call_of(node))
+    except RuleError:
+        return None, None
+
+
+def whole_strategy(call: Call, placement: Placement = I) -> Strategy:
+    """Every operand and result whole."""
+    return Strategy((placement,) * len(call.inputs), (placement,) * len(call.outputs))
+
+
+def settle(strategy: Strategy, rule: Rule | None) -> Strategy:
+    """Strategy of a lowering that sums inside: outputs that would be partial are invariant."""
+    if rule is None or rule.lowering is None or base(strategy.factor) not in rule.lowering.settled:
+        return strategy
+    outputs = tuple(I if placement.kind == "P" else placement for placement in strategy.outputs)
+    return Strategy(strategy.inputs, outputs, strategy.factor)
+
+
+def base(factor: str) -> str:
+    """Name of a factor without its number: `b.1` is `b`, `d0` is `d`."""
+    return factor.partition(".")[0].rstrip("0123456789")
+
+
+def layouts_of(joint: Iterable[Strategy], values: Sequence[TensorInfo], inputs: int) -> list[Layout]:
+    """Layouts of all inputs and outputs under one strategy per axis; values without gradient take R where I is asked."""
+    columns = list(zip(*((*strategy.inputs, *strategy.outputs) for strategy in joint), strict=True))
+    return [tuple(column) if value.needs_grad else without_gradient(tuple(column)) for value, column in zip(values, columns, strict=True)]
+
+
+def is_storable(layout: Layout) -> bool:
+    """Whether DTensor can say this layout: segments only of a dim that no other axis splits."""
+    return not any(
+        placement.segments and any(other.is_split and other.dim == placement.dim for k, other in enumerate(layout) if k != axis)
+        for axis, placement in enumerate(layout)
+    )
+
+
+def find_segmentations(program: Program) -> dict[int, list[tuple[int, ...]]]:
+    """Segments worth proposing for a dim, by its size: those that the graph's splits, concatenations and reshapes show."""
+    found: dict[int, dict[tuple[int, ...], None]] = {}
+    for node in program.nodes("op"):
+        _, equation = bound_rule(node)
+        if equation is None or facts(node).is_constant:
+            continue
+        for group in equation.joined:
+            sizes = tuple(equation.sizes[name] for name in group)
+            found.setdefault(sum(sizes), {})[sizes] = None
+        for operand in (*equation.inputs, *equation.outputs):
+            for k, dim in enumerate(operand.dims):
+                if not operand.joined[k] and len(dim) > 1:
+                    for segments in _products(equation, dim, is_leading=k == 0):
+                        found.setdefault(sum(segments), {})[segments] = None
+    return {size: [s for s in options if len(s) <= _MOST_SEGMENTS] for size, options in found.items()}
+
+
+def _products(equation: Equation, dim: tuple[str, ...], is_leading: bool) -> Iterable[tuple[int, ...]]:
+    """Segments that splitting an inner factor of a product dim means."""
+    total = 1
+    for factor in dim:
+        total *= equation.sizes[factor]
+    before = 1
+    for factor in dim[:-1]:
+        before *= equation.sizes[factor]
+        if 1 < before <= (_MOST_SEGMENTS if is_leading else _FEW_SEGMENTS):
+            yield (total // before,) * before
+
+

@@ -1,0 +1,128 @@
+"""Conversions: the only nodes of a program that communicate between its ops.
+
+Each row changes the placement of a value on one axis. Its backward is its dual: the row that carries the dual placement
+of `dst` to the dual placement of `src` (dual: S -> S, P -> R, R -> P, I -> I). Source: docs/01-placements.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from autoshard.placements import I, Layout, P, Placement, R, local_shape
+
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "place", "keep_first", "identity"]
+
+# Bytes a rank puts on the wire, as a factor of the bytes of the value that the axis of n ranks holds together.
+WIRE = {
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n / n,
+    "slice": lambda n: 0.0,
+    "place": lambda n: 0.0,
+    "keep_first": lambda n: 0.0,
+    "identity": lambda n: 0.0,
+}
+COMMUNICATES = frozenset(name for name, factor in WIRE.items() if factor(2))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One row: `name` is the function that emitted programs call; `forward` and `backward` are what runs each way."""
+
+    name: str
+    src: str
+    dst: str
+    forward: Collective
+    backward: Collective
+
+
+CONVERSIONS = (
+    Conversion("all_gather", "S", "R", "all_gather", "reduce_scatter"),
+    Conversion("all_gather_invariant", "S", "I", "all_gather", "slice"),
+    Conversion("all_reduce", "P", "R", "all_reduce", "all_reduce"),
+    Conversion("all_reduce_invariant", "P", "I", "all_reduce", "identity"),
+    Conversion("reduce_scatter", "P", "S", "reduce_scatter", "all_gather"),
+    Conversion("vary", "I", "R", "identity", "all_reduce"),
+    Conversion("slice_invariant", "I", "S", "slice", "all_gather"),
+    Conversion("keep_first_invariant", "I", "P", "keep_first", "identity"),
+    Conversion("unvary", "R", "I", "identity", "keep_first"),
+    Conversion("slice_varying", "R", "S", "slice", "place"),
+    Conversion("place", "S", "P", "place", "slice"),
+    Conversion("keep_first", "R", "P", "keep_first", "keep_first"),
+    Conversion("all_to_all", "S", "S", "all_to_all", "all_to_all"),
+)
+BY_NAME = {row.name: row for row in CONVERSIONS}
+BY_KINDS = {(row.src, row.dst): row for row in CONVERSIONS}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One conversion on one axis (by number): `src` becomes `dst`, the other axes stay."""
+
+    axis: int
+    src: Placement
+    dst: Placement
+
+    @property
+    def row(self) -> Conversion:
+        return BY_KINDS[self.src.kind, self.dst.kind]
+
+
+def is_step_sound(layout: Layout, step: Step) -> bool:
+    """Whether no axis inside `step.axis` splits a dim that the step gathers or cuts (its pieces would interleave).
+
+    Between two ways to split one dim there is no equal exchange either.
+    """
+    if step.src.is_split and step.dst.is_split and step.src.dim == step.dst.dim:
+        return False
+    dims = {placement.dim for placement in (step.src, step.dst) if placement.is_split}
+    return not any(inner.is_split and inner.dim in dims for inner in layout[step.axis + 1 :])
+
+
+def replace_axis(layout: Layout, axis: int, placement: Placement) -> Layout:
+    """`layout` with `placement` on axis number `axis`."""
+    return (*layout[:axis], placement, *layout[axis + 1 :])
+
+
+def without_gradient(layout: Layout) -> Layout:
+    """The layout of a value that needs no gradient: I and R are the same thing then, written R."""
+    return tuple(R if placement == I else placement for placement in layout)
+
+
+@lru_cache(maxsize=None)
+def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, ...], needs_grad: bool) -> tuple[tuple[Step, ...], ...]:
+    """Sequences of steps from `src` to `dst`, each legal at every point; () inside means nothing to do.
+
+    Every order of the axes that differ is tried. Where none is legal (an inner axis splits the same dim, or a dim is
+    split anew), split axes are gathered first and cut again afterwards.
+    """
+    if not needs_grad:
+        src, dst = without_gradient(src), without_gradient(dst)
+    differing = [axis for axis in range(len(src)) if src[axis] != dst[axis]]
+    found = [route for order in itertools.permutations(differing) if (route := _walk(src, [(a, dst[a]) for a in order], shape, sizes))]
+    if found or not differing:
+        return tuple(found) or ((),)
+    blocking = [axis for axis in range(len(src)) if src[axis].is_split]
+    detour = [(axis, R) for axis in reversed(blocking)]
+    rest = [(axis, dst[axis]) for axis in range(len(src)) if axis in differing or axis in blocking]
+    route = _walk(src, [*detour, *rest], shape, sizes)
+    return (route,) if route else ()
+
+
+def _walk(layout: Layout, moves: Sequence[tuple[int, Placement]], shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Step, ...] | None:
+    steps = []
+    for axis, placement in moves:
+        if layout[axis] == placement:
+            continue
+        step = Step(axis, layout[axis], placement)
+        after = replace_axis(layout, axis, placement)
+        if step.src == P and placement == P or not is_step_sound(layout, step) or local_shape(shape, after, sizes) is None:
+            return None
+        steps.append(step)
+        layout = after
+    return tuple(steps)

@@ -1,0 +1,244 @@
+"""Equations over factors: the one-line notation that op rules are written in, and the strategies that follow from it.
+
+    linear        ~b* i, ~o i, +o -> b* o
+    layer_norm    b* [n], [n], [n] -> b* [n]
+    view          b (t n d) -> b t n d
+    chunk         b* q|k|v -> b* q, b* k, b* v
+
+A term per dim of an operand: `i` a factor; `b*` any number of dims, each a factor of its own; `[n]` a factor that stays
+whole; `(a b)` a dim made of several factors, major first; `q|k|v` a dim that is the concatenation of several, which
+are split together; `1` a dim without a factor. A factor that no output has is summed over. Marks on operands:
+`~` the op is linear in this operand (jointly with the additive ones); `+` an additive operand.
+
+On one axis of n ranks, the sound strategies are
+    1. inputs I -> outputs I, and inputs R -> outputs R (the work is done n times);
+    2. for each factor that is not whole: operands and outputs that have it split, other operands R (additive ones P
+       when the factor is summed), other outputs P;
+    3. for each operand marked `~`: it and the additive ones P, the others R -> outputs P.
+Operands that need no gradient take R where I is asked. Strategies on different axes compose freely while sizes divide.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from autoshard.errors import RuleError
+from autoshard.placements import I, P, Placement, R, S
+
+Dim = tuple[str, ...]  # the factors of one dim, major first; () is a dim of size 1
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Dims of an input or output; `joined` holds, per dim, whether its factors are concatenated rather than multiplied."""
+
+    dims: tuple[Dim, ...]
+    joined: tuple[bool, ...]
+    is_additive: bool = False
+    is_linear: bool = False
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A parsed equation bound to shapes: `sizes` of every factor, `whole` the factors that may not be split."""
+
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    sizes: Mapping[str, int]
+    whole: frozenset[str] = frozenset()
+    joined: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors that are split together
+
+    @property
+    def factors(self) -> list[str]:
+        """Every factor, in order of appearance, inputs first."""
+        seen: dict[str, None] = {}
+        for operand in (*self.inputs, *self.outputs):
+            for dim in operand.dims:
+                seen.update(dict.fromkeys(dim))
+        return list(seen)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Placements of every input and output on one axis; `factor` is what is split ("" when nothing is)."""
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    factor: str = ""
+
+
+_TERM = re.compile(r"\(([^)]*)\)|\[(\w+\*?)\]|([\w*|]+)")
+
+
+@dataclass(frozen=True)
+class _Template:
+    inputs: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
+    outputs: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
+
+
+@lru_cache(maxsize=None)
+def parse(text: str) -> _Template:
+    """Read the notation. Raises RuleError that shows the part it cannot read."""
+    left, arrow, right = text.partition("->")
+    if not arrow:
+        raise RuleError(f"rule {text!r} has no '->' between its inputs and its outputs")
+    return _Template(tuple(map(_parse_operand, _operands(left))), tuple(map(_parse_operand, _operands(right) or [""])))
+
+
+def _operands(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def _parse_operand(text: str) -> tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]:
+    mark = text[0] if text[:1] in ("~", "+") else ""
+    body, terms, position = text[len(mark) :].strip(), [], 0
+    while position < len(body):
+        match = _TERM.match(body, position)
+        if match is None:
+            raise RuleError(f"cannot read {body[position:]!r} in rule operand {text!r}; terms look like i, b*, [n], (a b), q|k|v or 1")
+        product, whole, plain = match.groups()
+        if product is not None:
+            terms.append(("product", tuple(product.split())))
+        elif whole is not None:
+            terms.append(("whole", (whole,)))
+        elif "|" in plain:
+            terms.append(("joined", tuple(plain.split("|"))))
+        else:
+            terms.append(("variadic" if plain.endswith("*") else "one" if plain == "1" else "factor", (plain.rstrip("*"),)))
+        position = match.end()
+        position += len(body[position:]) - len(body[position:].lstrip())
+    return mark, tuple(terms)
+
+
+def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], sizes: Mapping[str, int] | None = None) -> Equation:
+    """Bind an equation to the shapes of an op's tensor operands.
+
+    `sizes` names factors that no shape shows, e.g. both parts of `(a b)`; one unknown part is inferred.
+    Raises RuleError when ranks or sizes do not fit. Dims of size 1 against a larger factor broadcast.
+    """
+    template = parse(text)
+    if len(template.inputs) < len(inputs) or len(template.outputs) != len(outputs):
+        raise RuleError(f"rule {text!r} describes {len(template.inputs)} inputs and {len(template.outputs)} outputs, got {len(inputs)} and {len(outputs)}")
+    found: dict[str, int] = dict(sizes or {})
+    whole: set[str] = set()
+    operands, shapes = [*template.inputs[: len(inputs)], *template.outputs], [tuple(s) for s in (*inputs, *outputs)]
+    expanded = [_expand(mark_terms, shape, whole, text) for mark_terms, shape in zip(operands, shapes, strict=True)]
+    for (dims, joined, _), shape in sorted(zip(expanded, shapes, strict=True), key=lambda pair: max((len(d) for d in pair[0][0]), default=0)):
+        for dim, is_joined, size in zip(dims, joined, shape, strict=True):
+            _bind_dim(dim, is_joined, size, found, text, shapes)
+    groups = {dim for dims, joined, _ in expanded for dim, is_joined in zip(dims, joined, strict=True) if is_joined}
+    bound = []
+    for (dims, joined, mark), shape in zip(expanded, shapes, strict=True):
+        kept = tuple(() if size == 1 and len(dim) == 1 and found[dim[0]] != 1 else dim for dim, size in zip(dims, shape, strict=True))
+        bound.append(Operand(kept, joined, mark == "+", mark == "~"))
+    return Equation(tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)))
+
+
+def _expand(operand: tuple, shape: tuple[int, ...], whole: set[str], text: str) -> tuple[list[Dim], tuple[bool, ...], str]:
+    """Dims of one operand with every variadic term spelled out, counted from the right: `b*` over 2 dims is b.1 b.0."""
+    mark, terms = operand
+    variadic = [names[0] for kind, names in terms if kind == "variadic" or names[0].endswith("*")]
+    count = len(shape) - (len(terms) - len(variadic))
+    if count < 0 or len(variadic) > 1 or (count and not variadic):
+        raise RuleError(f"rule {text!r} does not fit a tensor of shape {tuple(shape)}")
+    dims, joined = [], []
+    for kind, names in terms:
+        if kind == "variadic" or names[0].endswith("*"):
+            factors = [(f"{names[0].rstrip('*')}.{k}",) for k in reversed(range(count))]
+            whole.update(f for (f,) in factors if kind == "whole")
+            dims += factors
+            joined += [False] * count
+        else:
+            whole.update(names if kind == "whole" else ())
+            dims.append(() if kind == "one" else names)
+            joined.append(kind == "joined")
+    return dims, tuple(joined), mark
+
+
+def _bind_dim(dim: Dim, is_joined: bool, size: int, found: dict[str, int], text: str, shapes: list) -> None:
+    known = [found[name] for name in dim if name in found]
+    unknown = [name for name in dim if name not in found]
+    if len(unknown) == 1:
+        total = sum(known) if is_joined else _product(known)
+        found[unknown[0]] = size - total if is_joined else size // total if total else 0
+        known, unknown = [found[name] for name in dim], []
+    if len(dim) == 1 and size != found[dim[0]] and 1 in (size, found[dim[0]]):
+        found[dim[0]] = max(size, found[dim[0]]) if size else 0
+        return
+    if unknown or (dim and (sum(known) if is_joined else _product(known)) != size):
+        raise RuleError(f"rule {text!r} does not fit shapes {shapes}: dim {' '.join(dim)} of size {size} with {dict(found)}")
+
+
+def _product(values: Iterable[int]) -> int:
+    result = 1
+    for value in values:
+        result *= value
+    return result
+
+
+def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[tuple[int, ...]]] | None = None) -> list[Strategy]:
+    """Every sound strategy on an axis of `n` ranks. `segmentations` proposes segments for plain dims, by dim size."""
+    count, outs = len(equation.inputs), len(equation.outputs)
+    found = [Strategy((R,) * count, (R,) * outs), Strategy((I,) * count, (I,) * outs)]
+    groups = {name: group for group in equation.joined for name in group}
+    for factor in equation.factors:
+        group = groups.get(factor, (factor,))
+        if factor != group[0] or any(equation.sizes[name] % n or not equation.sizes[name] or name in equation.whole for name in group):
+            continue
+        proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if len(group) == 1 else [()]
+        for segments in proposals:
+            if any(size % n for size in segments):
+                continue
+            strategy = _split(equation, group, segments)
+            if strategy is not None:
+                found.append(strategy)
+    found += _partial(equation)
+    return list(dict.fromkeys(found))
+
+
+def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]) -> Strategy | None:
+    """Strategy 2 for one factor (or one group of concatenated factors)."""
+    is_summed = not any(name in dim for operand in equation.outputs for dim in operand.dims for name in group)
+    placements: list[Placement] = []
+    for position, operand in enumerate((*equation.inputs, *equation.outputs)):
+        is_output = position >= len(equation.inputs)
+        at = [k for k, dim in enumerate(operand.dims) if set(group) & set(dim)]
+        if len(at) > 1:
+            return None
+        if at:
+            split = _placement(equation, operand, at[0], group, segments)
+            if split is None:
+                return None
+            placements.append(split)
+        else:
+            placements.append(P if is_output or (operand.is_additive and is_summed) else R)
+    return Strategy(tuple(placements[: len(equation.inputs)]), tuple(placements[len(equation.inputs) :]), group[0])
+
+
+def _placement(equation: Equation, operand: Operand, k: int, group: tuple[str, ...], segments: tuple[int, ...]) -> Placement | None:
+    dim = operand.dims[k]
+    if operand.joined[k]:
+        return S(k, [equation.sizes[name] for name in dim])
+    before = _product(equation.sizes[name] for name in dim[: dim.index(next(n for n in dim if n in group))])
+    if before == 1:
+        return S(k, segments) if not segments or len([f for f in dim if equation.sizes[f] > 1]) == 1 else None
+    length = _product(equation.sizes[name] for name in dim)
+    return S(k, (length // before,) * before) if not segments else None
+
+
+def _partial(equation: Equation) -> list[Strategy]:
+    """Strategy 3."""
+    linear = [k for k, operand in enumerate(equation.inputs) if operand.is_linear]
+    additive = [k for k, operand in enumerate(equation.inputs) if operand.is_additive]
+    outputs = (P,) * len(equation.outputs)
+    sets = [{k, *additive} for k in linear] or ([set(additive)] if additive else [])
+    return [Strategy(tuple(P if k in chosen else R for k in range(len(equation.inputs))), outputs) for chosen in sets]
+
+
+def product(per_axis: Sequence[Sequence[Strategy]]) -> Iterable[tuple[Strategy, ...]]:
+    """Every combination of one strategy per axis."""
+    return itertools.product(*per_axis)

@@ -1,0 +1,37 @@
+"""The one family of errors that autoshard raises for a caller's mistake or a model it cannot partition."""
+
+
+class AutoshardError(Exception):
+    """Base of every error below; the text says what went wrong, where, and what would work."""
+
+
+class MeshError(AutoshardError):
+    """A mesh without axis names, with a size that disagrees with the world, or with an axis that is not supported."""
+
+
+class ConstraintError(AutoshardError):
+    """Constraints that contradict each other, match nothing, or that no sound layout satisfies."""
+
+
+class TraceError(AutoshardError):
+    """The model could not be traced, or tracing would lose part of what it computes."""
+
+
+class RuleError(AutoshardError):
+    """An op rule that does not parse or does not fit the op it is registered for."""
+
+
+class PlacementError(AutoshardError):
+    """A program whose layouts do not follow from the op rules and the conversion table."""
+
+
+class InputError(AutoshardError):
+    """Arguments that do not fit the plan: wrong structure, indivisible batch, different values on different ranks."""
+
+
+class PlanError(AutoshardError):
+    """A plan that cannot be read, was altered, or belongs to another model or mesh."""
+
+
+class BudgetError(AutoshardError):
+    """No plan fits the memory budget."""

@@ -1,0 +1,80 @@
+"""A mesh as the planner sees it: named axes and their sizes, no processes.
+
+Ranks are numbered in row-major order over the axes (the last axis varies fastest), as in torch's DeviceMesh.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from autoshard.errors import MeshError
+
+PIPELINE_AXIS = "pp"
+
+
+@dataclass(frozen=True)
+class MeshSpec:
+    """Axis names and sizes, outermost first: `MeshSpec(("dp", "tp"), (2, 4))`."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape) or not self.axes:
+            raise MeshError(f"a mesh needs one size per axis name, got names {self.axes} and sizes {self.shape}")
+        if len(set(self.axes)) != len(self.axes):
+            raise MeshError(f"mesh axis names must differ, got {self.axes}")
+        for name, size in zip(self.axes, self.shape, strict=True):
+            if not name.isidentifier():
+                raise MeshError(f"mesh axis {name!r} is not a name; use letters, digits and underscores, e.g. 'dp'")
+            if size < 1:
+                raise MeshError(f"mesh axis {name!r} has size {size}; sizes start at 1")
+        if PIPELINE_AXIS in self.axes:
+            raise MeshError("the axis 'pp' is reserved for pipeline stages, which are not supported yet; give its ranks to another axis, e.g. 'dp'")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.axes)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.shape)
+
+    def coordinates(self) -> list[tuple[int, ...]]:
+        """Coordinate of every rank, in rank order."""
+        return list(itertools.product(*map(range, self.shape)))
+
+    def index(self, axis: str) -> int:
+        """Position of the axis named `axis`; raises MeshError when there is none."""
+        if axis not in self.axes:
+            raise MeshError(f"no axis {axis!r} in mesh {self}; it has {', '.join(self.axes)}")
+        return self.axes.index(axis)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(self.axes, self.shape, strict=True))
+
+    @classmethod
+    def of(cls, mesh: MeshSpec | DeviceMesh | Mapping[str, int] | str) -> MeshSpec:
+        """Read a mesh given as a MeshSpec, a DeviceMesh with names, a dict `{"dp": 2}` or a text `"dp=2,tp=4"`."""
+        if isinstance(mesh, MeshSpec):
+            return mesh
+        if isinstance(mesh, DeviceMesh):
+            if not mesh.mesh_dim_names:
+                raise MeshError(
+                    f"the mesh has no axis names; build it with init_device_mesh({mesh.device_type!r}, {tuple(mesh.mesh.shape)}, mesh_dim_names=('dp', ...))"
+                )
+            return cls(tuple(mesh.mesh_dim_names), tuple(mesh.mesh.shape))
+        if isinstance(mesh, str):
+            parts = [part.split("=") for part in mesh.replace(" ", "").split(",")]
+            if not all(len(part) == 2 and part[1].isdigit() for part in parts):
+                raise MeshError(f"cannot read mesh {mesh!r}; write it like 'dp=2,tp=4'")
+            mesh = {name: int(size) for name, size in parts}
+        if isinstance(mesh, Mapping):
+            return cls(tuple(mesh), tuple(mesh.values()))
+        raise MeshError(f"a mesh is a DeviceMesh, a MeshSpec, a dict or a text like 'dp=2,tp=4', not {type(mesh).__name__}")

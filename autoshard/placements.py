@@ -1,0 +1,169 @@
+"""Placements: how a global tensor lies on one mesh axis, and layouts: one placement per axis.
+
+    placement  each rank holds                       its gradient is
+    S(d)       its slice along dim d                 S(d)
+    P          a term; the value is the sum          R
+    R          the whole value, used differently     P
+    I          the whole value, used identically     I
+
+A segmented split `S(d, segments=(q, k, v))` cuts each of the consecutive segments of dim d by itself, so that a rank
+holds its part of every segment. When one dim is split on several axes the pieces nest, outermost axis first: each
+placement cuts the piece that the axes before it left.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from autoshard.errors import PlacementError
+from autoshard.mesh import MeshSpec
+from autoshard.runtime import cut, join
+
+Kind = Literal["S", "P", "R", "I"]
+
+
+@dataclass(frozen=True, order=True)
+class Placement:
+    """One of S(dim), P, R, I. `segments` are global sizes along `dim` that sum to its length, or () for a plain split."""
+
+    kind: Kind
+    dim: int = -1
+    segments: tuple[int, ...] = ()
+
+    @property
+    def is_split(self) -> bool:
+        return self.kind == "S"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank holds the whole value (R or I)."""
+        return self.kind in "RI"
+
+    def __str__(self) -> str:
+        if not self.is_split:
+            return self.kind
+        if not self.segments:
+            return f"S({self.dim})"
+        if len(set(self.segments)) == 1:
+            return f"S({self.dim}:{len(self.segments)}x{self.segments[0]})"
+        return f"S({self.dim}:{'+'.join(map(str, self.segments))})"
+
+    __repr__ = __str__
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """Read `R`, `I`, `P`, `S(0)`, `S(1:3x64)` or `S(1:64+32+32)`."""
+        if text in ("P", "R", "I"):
+            return cls(text)  # type: ignore[arg-type]
+        match = re.fullmatch(r"S\((\d+)(?::(?:(\d+)x(\d+)|(\d+(?:\+\d+)+)))?\)", text)
+        if match is None:
+            raise PlacementError(f"cannot read placement {text!r}; write R, I, P, S(0) or S(0:3x64)")
+        dim, count, size, sizes = match.groups()
+        segments = (int(size),) * int(count) if count else tuple(map(int, sizes.split("+"))) if sizes else ()
+        return S(int(dim), segments)
+
+
+P, R, I = Placement("P"), Placement("R"), Placement("I")  # noqa: E741 - the theory's own names
+Layout = tuple[Placement, ...]
+
+
+def S(dim: int, segments: Sequence[int] = ()) -> Placement:  # noqa: N802 - the theory's own name
+    """Split along `dim`; a single segment is a plain split."""
+    return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
+
+
+def format_layout(layout: Layout, mesh: MeshSpec) -> str:
+    """`S(0)@dp R@tp`."""
+    return " ".join(f"{placement}@{axis}" for placement, axis in zip(layout, mesh.axes, strict=True))
+
+
+def parse_layout(text: str, mesh: MeshSpec) -> Layout:
+    """Inverse of format_layout; every axis of the mesh must be named once, in order."""
+    parts = [part.partition("@") for part in text.split()]
+    if tuple(axis for _, _, axis in parts) != mesh.axes:
+        raise PlacementError(f"layout {text!r} does not name the axes {', '.join(mesh.axes)} of the mesh, in order")
+    return tuple(Placement.parse(placement) for placement, _, _ in parts)
+
+
+def local_segments(layout: Layout, axis: int, shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """Segments that axis number `axis` cuts, within the piece that the axes before it left; None when they cannot nest.
+
+    A plain outer split keeps whole segments (it needs equal ones, and a count that divides); a segmented outer split
+    shortens each.
+    """
+    placement = layout[axis]
+    outer = [(p, n) for p, n in zip(layout[:axis], sizes, strict=False) if p.is_split and p.dim == placement.dim]
+    plain = math.prod(n for p, n in outer if not p.segments)
+    segmented = math.prod(n for p, n in outer if p.segments)
+    segments = placement.segments or next((p.segments for p, _ in outer if p.segments), ())
+    if any(p.segments not in ((), segments) for p, _ in outer) or any(size % segmented for size in segments):
+        return None
+    if segments and (plain > 1 or not placement.segments):
+        own = plain * (1 if placement.segments else sizes[axis])
+        if len(set(segments)) > 1 or len(segments) % own:
+            return None
+    if not placement.segments:
+        return (shape[placement.dim] // (plain * segmented),)
+    return tuple(size // segmented for size in segments[: len(segments) // plain])
+
+
+def local_shape(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> tuple[int, ...] | None:
+    """Shape that every rank holds, or None when the dims do not divide evenly or segments do not fit."""
+    local = list(shape)
+    for axis, placement in enumerate(layout):
+        if not placement.is_split:
+            continue
+        if placement.dim >= len(local) or local[placement.dim] % sizes[axis] or not local[placement.dim]:
+            return None
+        if placement.segments and sum(placement.segments) != shape[placement.dim]:
+            return None
+        segments = local_segments(layout, axis, shape, sizes)
+        if segments is None or any(size % sizes[axis] for size in segments):
+            return None
+        local[placement.dim] //= sizes[axis]
+    return tuple(local)
+
+
+def shard(tensor: torch.Tensor, layout: Layout, mesh: MeshSpec, coordinate: Sequence[int]) -> torch.Tensor:
+    """The piece of a whole tensor that the rank at `coordinate` holds; P keeps the value on the first rank of its axis."""
+    for axis, placement in enumerate(layout):
+        if placement.is_split:
+            segments = local_segments(layout, axis, _grown(tensor, layout, mesh, axis), mesh.shape)
+            assert segments is not None
+            tensor = cut(tensor, placement.dim, segments, mesh.shape[axis])[coordinate[axis]]
+        elif placement == P and coordinate[axis]:
+            tensor = torch.zeros_like(tensor)
+    return tensor
+
+
+def unshard(pieces: Sequence[torch.Tensor], layout: Layout, mesh: MeshSpec) -> torch.Tensor:
+    """The global value of one local tensor per rank, in rank order."""
+    pieces = list(pieces)
+    for axis in reversed(range(mesh.ndim)):
+        placement, size = layout[axis], mesh.shape[axis]
+        groups = [pieces[start : start + size] for start in range(0, len(pieces), size)]
+        if placement.is_split:
+            whole = list(groups[0][0].shape)
+            whole[placement.dim] *= size
+            full = _grown(groups[0][0].new_empty(whole, device="meta"), layout, mesh, axis)
+            segments = local_segments(layout, axis, full, mesh.shape)
+            assert segments is not None
+            pieces = [join(group, placement.dim, segments) for group in groups]
+        else:
+            pieces = [sum(group[1:], group[0]) if placement == P else group[0] for group in groups]
+    return pieces[0]
+
+
+def _grown(tensor: torch.Tensor, layout: Layout, mesh: MeshSpec, axis: int) -> list[int]:
+    """Global shape of a tensor that only the axes before `axis` have cut so far."""
+    shape = list(tensor.shape)
+    for placement, size in zip(layout[:axis], mesh.shape, strict=False):
+        if placement.is_split:
+            shape[placement.dim] *= size
+    return shape

@@ -1,0 +1,187 @@
+"""The program that passes transform: an fx graph whose nodes carry typed facts, and what surrounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from autoshard.equation_builders import Call, TensorInfo
+from autoshard.equations import Strategy
+from autoshard.mesh import MeshSpec
+from autoshard.placements import I, Layout, R
+
+Role = Literal["parameter", "buffer", "input", "op", "conversion", "projection", "update", "output"]
+META_KEY = "autoshard"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a node comes from: the module's path and class, and the innermost line of the user's code."""
+
+    module: str = ""
+    module_class: str = ""
+    call: str = ""  # tells apart repeated calls of one module
+    file: str = ""
+    line: int = 0
+    text: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file.rsplit('/', 1)[-1]}:{self.line}" if self.file else ""
+        return "  ".join(part for part in (self.module, place, self.text) if part)
+
+
+@dataclass
+class Facts:
+    """What the passes know of a node.
+
+    values: global shape and dtype of each output. layouts: one per value. strategies: of an op, one per axis.
+    name: of a parameter or buffer its name in the model, of an input its argument name. axes: mesh axes on which a random
+    op draws different numbers (None: not random), `site` its number. is_constant: computed once, not at every step.
+    hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
+    """
+
+    role: Role
+    values: tuple[TensorInfo, ...] = ()
+    name: str = ""
+    source: Source = field(default_factory=Source)
+    layouts: tuple[Layout, ...] = ()
+    strategies: tuple[Strategy, ...] = ()
+    random_axes: tuple[str, ...] | None = None
+    site: int = 0
+    is_constant: bool = False
+    is_persistent: bool = True
+    hub: Layout | None = None
+    is_pinned: bool = False
+
+    @property
+    def value(self) -> TensorInfo:
+        return self.values[0]
+
+    @property
+    def layout(self) -> Layout:
+        return self.layouts[0]
+
+    @property
+    def needs_grad(self) -> bool:
+        return any(value.needs_grad for value in self.values)
+
+
+def facts(node: fx.Node) -> Facts:
+    """The facts of a node; every node of a program has them."""
+    return node.meta[META_KEY]
+
+
+def set_facts(node: fx.Node, new: Facts) -> None:
+    node.meta[META_KEY] = new
+
+
+def op_name(node: fx.Node) -> str:
+    """`aten.linear.default` for a torch op, the plain name for a function."""
+    target = node.target
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+@dataclass
+class Program:
+    """One traced forward pass on a mesh.
+
+    flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in.
+    outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
+    parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each.
+    """
+
+    graph: fx.Graph
+    mesh: MeshSpec
+    is_training: bool = True
+    in_spec: Any = None
+    out_spec: Any = None
+    flat_inputs: tuple[str | None, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def nodes(self, *roles: Role) -> Iterator[fx.Node]:
+        """Nodes with one of `roles` (all without any), in order."""
+        return (node for node in list(self.graph.nodes) if not roles or facts(node).role in roles)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def parameters(self) -> dict[str, fx.Node]:
+        """Placeholders of parameters by name."""
+        return {facts(node).name: node for node in self.nodes("parameter")}
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def producer(node: fx.Node) -> tuple[fx.Node, int]:
+    """The node that computes a value and the number of the output: projections (getitem) are looked through."""
+    if facts(node).role == "projection":
+        return node.args[0], node.args[1]  # type: ignore[return-value]
+    return node, 0
+
+
+def native_layout(ndim: int, needs_grad: bool) -> Layout:
+    """The layout of a value that every rank computes alike."""
+    return (I if needs_grad else R,) * ndim
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an op node by schema name, defaults filled in; positional names arg0, arg1, ... where there is no schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {**{f"arg{k}": value for k, value in enumerate(node.args)}, **node.kwargs}
+    bound: dict[str, Any] = {}
+    for k, argument in enumerate(schema.arguments):
+        if argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif k < len(node.args):
+            bound[argument.name] = node.args[k]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """Nodes among the arguments in schema order, lists flattened; one entry per use."""
+    found: list[fx.Node] = []
+    fx.map_arg(tuple(arguments(node).values()), lambda operand: found.append(operand) or operand)  # type: ignore[func-returns-value]
+    return found
+
+
+def replace_operands(node: fx.Node, new: list[fx.Node]) -> None:
+    """Exchange the operands of `node`, in the order of tensor_operands."""
+    order = iter(new)
+    bound = fx.map_arg(arguments(node), lambda _: next(order))
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        rest = {k: v for k, v in bound.items() if k in node.kwargs}
+        node.args, node.kwargs = tuple(v for k, v in bound.items() if k not in rest), rest
+        return
+    names = [argument.name for argument in schema.arguments]
+    node.args = tuple(bound[name] for name in names[: len(node.args)])
+    node.kwargs = {name: bound[name] for name in node.kwargs}
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Set one argument of an op node by its schema name."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    if names.index(name) < len(node.args):
+        node.update_arg(names.index(name), value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def call_of(node: fx.Node) -> Call:
+    """The Call that rules see."""
+    plain: Mapping[str, Any] = fx.map_arg(arguments(node), lambda operand: None)
+    inputs = tuple(facts(source).values[index] for source, index in map(producer, tensor_operands(node)))
+    bound = {name: (True if isinstance(value, fx.Node) else plain[name]) for name, value in arguments(node).items()}
+    return Call(op_name(node), bound, inputs, facts(node).values)

@@ -1,0 +1,312 @@
+"""The planning problem: variables, costs and tables for the solver, from a program's candidates.
+
+    variables   one per op and parameter (its candidates), and one per value that several nodes read or a constraint pins
+                (its supply: the layout it is made in, and a hub layout it is converted to once for all)
+    costs       seconds of the op, of the optimizer step, of conversions whose one end is fixed
+    tables      seconds of converting what one candidate gives into what another wants
+
+Inputs, constants and what is computed from inputs alone are cheap and read everywhere: they are decided beforehand
+(`_fix`), as they come in, so that they do not tie the whole graph together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from autoshard.candidates import Candidate, CandidateTable
+from autoshard.constraints import Pin
+from autoshard.conversions import without_gradient
+from autoshard.costs import CostModel
+from autoshard.equation_builders import TensorInfo
+from autoshard.placements import I, Layout, P, R
+from autoshard.program import Program, facts, native_layout, producer, tensor_operands
+from autoshard.solver import Problem
+
+Value = tuple[fx.Node, int]  # a producing node and the number of its output
+
+
+@dataclass(frozen=True)
+class Supply:
+    """A way to offer a value: made in layout `native`, also converted to `hub` (None: only as made)."""
+
+    native: Layout
+    hub: Layout | None
+
+
+@dataclass
+class SearchSpace:
+    """Everything the solver needs, and how to read its answer."""
+
+    program: Program
+    costs: CostModel
+    pins: Mapping[fx.Node, list[Pin]]
+    wants_whole_outputs: bool = True
+    random: np.random.Generator | None = None
+    table: CandidateTable = field(init=False)
+    fixed: dict[Value, Layout] = field(default_factory=dict)
+    chosen: dict[fx.Node, Candidate] = field(default_factory=dict)  # of fixed ops
+    domains: dict[fx.Node, list[Candidate]] = field(default_factory=dict)
+    supplies: dict[Value, list[Supply]] = field(default_factory=dict)
+    uses: dict[Value, list[tuple[fx.Node, int]]] = field(default_factory=dict)
+    _tables: dict[object, np.ndarray] = field(default_factory=dict)
+    _keep: list[object] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.table = CandidateTable(self.program, self.costs)
+        self._fix()
+        self._collect()
+
+    # ------------------------------------------------------------------------------------------------ what is decided
+
+    def _fix(self) -> None:
+        """Decide inputs, constants, buffers and ops that depend on inputs alone."""
+        ndim = self.program.mesh.ndim
+        for node in self.program.graph.nodes:
+            known = facts(node)
+            if known.role in ("input", "buffer"):
+                self.fixed[node, 0] = known.layouts[0] if known.layouts else native_layout(ndim, known.needs_grad)
+                if node in self.pins and known.role == "input":
+                    known.hub, known.is_pinned = self._pinned_input(node), True
+                    self.fixed[node, 0] = known.hub
+            elif known.role == "op" and (known.is_constant or (not known.needs_grad and self._reads_fixed(node))):
+                self._fix_op(node)
+
+    def _reads_fixed(self, node: fx.Node) -> bool:
+        return node not in self.pins and all(producer(operand) in self.fixed for operand in tensor_operands(node))
+
+    def _fix_op(self, node: fx.Node) -> None:
+        given = [self.fixed[producer(operand)] for operand in tensor_operands(node)]
+        values = [facts(p).values[k] for p, k in map(producer, tensor_operands(node))]
+        if facts(node).is_constant:
+            whole = without_gradient(native_layout(self.program.mesh.ndim, False))
+            options = [c for c in self.table.of_op(node) if all(x == whole for x in (*c.inputs, *c.outputs))]
+        else:
+            options = self.table.of_op(node)
+
+        def price(candidate: Candidate) -> tuple[float, float]:
+            moved = sum(self._route_s(have, want, value) for have, want, value in zip(given, candidate.inputs, values, strict=True))
+            return moved, candidate.cost_s
+
+        best = min((c for c in options if P not in {p for x in c.outputs for p in x}), key=price)
+        self.chosen[node] = best
+        for k, layout in enumerate(best.outputs):
+            self.fixed[node, k] = layout
+
+    def _pinned_input(self, node: fx.Node) -> Layout:
+        value = facts(node).value
+        options = [c.outputs[0] for c in self.table.of_parameter(value)]
+        free = [k for k in range(self.program.mesh.ndim) if not any(pin.allowed[k] for pin in self.pins[node])]
+        whole = I if value.needs_grad else R
+        fitting = [x for x in options if all(pin.admits(x, value.needs_grad) for pin in self.pins[node]) and all(x[k] == whole for k in free)]
+        if fitting:
+            return fitting[0]
+        soft = all(pin.is_soft for pin in self.pins[node])
+        if soft:
+            return native_layout(self.program.mesh.ndim, value.needs_grad)
+        raise_unfit(self.pins[node], facts(node).name, value, self.program)
+        raise AssertionError
+
+    # ------------------------------------------------------------------------------------------------ what is searched
+
+    def _collect(self) -> None:
+        for node in self.program.nodes("parameter", "op"):
+            if facts(node).role == "parameter":
+                self.domains[node] = self._admitted(node, self.table.of_parameter(facts(node).value))
+            elif node not in self.chosen:
+                self.domains[node] = self.table.of_op(node)
+        for node in self.program.nodes("op", "update", "output"):
+            for k, operand in enumerate(tensor_operands(node)):
+                self.uses.setdefault(producer(operand), []).append((node, k))
+        for value, users in self.uses.items():
+            searched = [user for user, _ in users if user in self.domains]
+            if value in self.fixed:
+                continue
+            if self.pins_of(value) or len(users) > 1 and searched:
+                self.supplies[value] = self._supplies(value)
+
+    def _admitted(self, node: fx.Node, options: list[Candidate]) -> list[Candidate]:
+        pins, value = self.pins.get(node, []), facts(node).value
+        for pin in pins:
+            kept = [c for c in options if pin.admits(c.outputs[0], value.needs_grad)]
+            if not kept and not pin.is_soft:
+                raise_unfit(pins, facts(node).name, value, self.program)
+            if not kept:
+                self.program.note(f"{facts(node).name} of shape {value.shape} cannot lie as the template asks ({pin.text}); left free")
+            options = kept or options
+        return options
+
+    def pins_of(self, value: Value) -> list[Pin]:
+        """Pins on what a module returns (a parameter's own pins restrict where it rests instead)."""
+        node, index = value
+        if facts(node).role != "op":
+            return []
+        named = node if len(facts(node).values) == 1 else next((u for u in node.users if u.args[1:] == (index,)), node)
+        return self.pins.get(named, [])
+
+    def _supplies(self, value: Value) -> list[Supply]:
+        natives = list(dict.fromkeys(c.outputs[value[1]] for c in self.domains[value[0]]))
+        info = facts(value[0]).values[value[1]]
+        pins = self.pins_of(value)
+        if pins:
+            hubs = [x for x in self._restable(info) if all(pin.admits(x, info.needs_grad) for pin in pins)]
+            if not hubs and not all(pin.is_soft for pin in pins):
+                raise_unfit(pins, facts(value[0]).name or value[0].name, info, self.program)
+            if hubs:
+                return [Supply(native, hub) for native in natives for hub in hubs]
+            self.program.note(f"what {facts(value[0]).source.module} returns, {info.shape}, cannot lie as the template asks ({pins[0].text}); left free")
+        seen: dict[Layout, int] = {}
+        for user, k in self.uses[value]:
+            for want in dict.fromkeys(self._wants(user, k)):
+                seen[want] = seen.get(want, 0) + 1
+        hubs = [want for want, count in seen.items() if count > 1]
+        return [Supply(native, hub) for native in natives for hub in (None, *(hub for hub in hubs if hub != native))]
+
+    def _restable(self, info: TensorInfo) -> list[Layout]:
+        return [c.outputs[0] for c in self.table.of_parameter(info)]
+
+    def _wants(self, user: fx.Node, k: int) -> list[Layout]:
+        if user in self.domains:
+            return [c.inputs[k] for c in self.domains[user]]
+        if user in self.chosen:
+            return [self.chosen[user].inputs[k]]
+        return []
+
+    # ---------------------------------------------------------------------------------------------- costs and tables
+
+    def problem(self) -> tuple[Problem, list[fx.Node | Value]]:
+        """The solver's problem and what each of its variables stands for."""
+        order: list[fx.Node | Value] = [*self.domains, *self.supplies]
+        index = {what: k for k, what in enumerate(order)}
+        costs = [self._unary(what) for what in order]
+        pairs: dict[tuple[int, int], np.ndarray] = {}
+
+        def add(a: int, b: int, matrix: np.ndarray) -> None:
+            key, oriented = ((a, b), matrix) if a < b else ((b, a), self._transposed(matrix))
+            pairs[key] = pairs[key] + oriented if key in pairs else oriented
+
+        for value, supplies in self.supplies.items():
+            add(index[value[0]], index[value], self._made(value, supplies))
+        for value, users in self.uses.items():
+            for user, k in users:
+                if user not in self.domains:
+                    continue
+                if value in self.supplies:
+                    add(index[value], index[user], self._offer(value, user, k))
+                elif value not in self.fixed:
+                    add(index[value[0]], index[user], self._convert(value, user, k))
+        memory = tuple(np.array([c.kept_bytes for c in self.domains[w]] if isinstance(w, fx.Node) else [0.0] * len(self.supplies[w])) for w in order)
+        return Problem(tuple(costs), pairs, memory), order
+
+    def _transposed(self, matrix: np.ndarray) -> np.ndarray:
+        return self._remember(("T", id(matrix)), lambda: np.ascontiguousarray(matrix.T), matrix)
+
+    def _remember(self, key: object, make, *alive: object) -> np.ndarray:
+        if key not in self._tables:
+            self._keep.extend(alive)
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def _unary(self, what: fx.Node | Value) -> np.ndarray:
+        if not isinstance(what, fx.Node):
+            return self._supply_costs(what)
+        own = np.array([self._drawn(c.cost_s) for c in self.domains[what]])
+        for k, operand in enumerate(tensor_operands(what) if facts(what).role == "op" else []):
+            value = producer(operand)
+            if value in self.fixed:
+                own = own + self._from_fixed(value, what, k)
+        for k in range(len(facts(what).values)):
+            if (what, k) in self.uses and (what, k) not in self.supplies:
+                own = own + self._leaving((what, k), [(c.outputs[k], None) for c in self.domains[what]])
+        return own
+
+    def _supply_costs(self, value: Value) -> np.ndarray:
+        info, pinned = facts(value[0]).values[value[1]], bool(self.pins_of(value))
+        ways = self.supplies[value]
+        own = np.array([0.0 if way.hub is None else self._route_s(way.native, way.hub, info) for way in ways])
+        return own + self._leaving(value, [(way.hub if pinned and way.hub else way.native, way.hub) for way in ways])
+
+    def _leaving(self, value: Value, ways: list[tuple[Layout, Layout | None]]) -> np.ndarray:
+        """Seconds to hand a value to nodes that are not searched: the program's output and fixed ops."""
+        info = facts(value[0]).values[value[1]]
+        total = np.zeros(len(ways))
+        for user, k in self.uses[value]:
+            if user in self.domains:
+                continue
+            for row, (native, hub) in enumerate(ways):
+                wanted = self.chosen[user].inputs[k] if user in self.chosen else self.leaving_layout(native, info)
+                total[row] += min(self._route_s(have, wanted, info) for have in (native, hub or native))
+        return total
+
+    def leaving_layout(self, layout: Layout, info: TensorInfo) -> Layout:
+        """What leaves the program: whole, or (on request) split where it is split."""
+        whole = I if info.needs_grad else R
+        return tuple(p if p.is_split and not self.wants_whole_outputs and info.shape else whole for p in layout)
+
+    def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+        info, have = facts(value[0]).values[value[1]], self.fixed[value]
+        return np.array([self._route_s(have, c.inputs[k], info) for c in self.domains[user]])
+
+    def _made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
+        domain = self.domains[value[0]]
+        natives = [way.native for way in supplies]
+        key = ("made", id(domain), value[1], tuple(supplies))
+        return self._remember(
+            key, lambda: np.array([[0.0 if c.outputs[value[1]] == native else math.inf for native in natives] for c in domain]), domain
+        )
+
+    def _convert(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+        """Between the only producer and the only reader."""
+        producer_domain, reader_domain = self.domains[value[0]], self.domains[user]
+        info = facts(value[0]).values[value[1]]
+        have, want = [c.outputs[value[1]] for c in producer_domain], [c.inputs[k] for c in reader_domain]
+        key = ("convert", id(producer_domain), value[1], id(reader_domain), k, info)
+        return self._remember(key, lambda: self._matrix(have, want, info), producer_domain, reader_domain)
+
+    def _offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+        """Between a supply and one of its readers: from the native layout, or from the hub."""
+        supplies, domain, pinned = self.supplies[value], self.domains[user], bool(self.pins_of(value))
+        info = facts(value[0]).values[value[1]]
+        want = [c.inputs[k] for c in domain]
+        key = ("offer", tuple(supplies), id(domain), k, info, pinned)
+
+        def make() -> np.ndarray:
+            from_hub = self._matrix([way.hub or way.native for way in supplies], want, info)
+            if pinned and supplies[0].hub is not None:
+                return from_hub
+            return np.minimum(from_hub, self._matrix([way.native for way in supplies], want, info))
+
+        return self._remember(key, make, domain)
+
+    def _matrix(self, have: list[Layout], want: list[Layout], info: TensorInfo) -> np.ndarray:
+        rows, columns = list(dict.fromkeys(have)), list(dict.fromkeys(want))
+        small = np.array([[self._route_s(a, b, info) for b in columns] for a in rows])
+        row_of, column_of = {x: k for k, x in enumerate(rows)}, {x: k for k, x in enumerate(columns)}
+        return small[np.ix_([row_of[x] for x in have], [column_of[x] for x in want])]
+
+    def _route_s(self, have: Layout, want: Layout, info: TensorInfo) -> float:
+        if have == want:
+            return 0.0
+        best = self.costs.best_route(have, want, info)
+        if best is None:
+            return math.inf
+        return self._drawn(best[0]) if best[1] else 0.0
+
+    def _drawn(self, seconds: float) -> float:
+        """A random price in place of the real one, when random plans are asked for."""
+        return float(self.random.random()) if self.random is not None else seconds
+
+
+def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program) -> None:
+    """Say why no layout satisfies `pins`."""
+    from autoshard.errors import ConstraintError
+
+    asked = "; ".join(map(str, pins))
+    raise ConstraintError(
+        f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. "
+        "Dims must divide by the axes that split them, and constraints on one value must agree; drop or change one of these."
+    )

@@ -1,0 +1,236 @@
+"""The simulator: all ranks of a program in one process, with autograd.
+
+A value is a `Ranks`: one tensor per rank. Ops run rank by rank; a conversion acts on the whole list, group by group along
+its axis, by the same tables and the same cut and join as on real processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoshard import runtime
+from autoshard.mesh import MeshSpec
+from autoshard.placements import shard, unshard
+from autoshard.program import Program, facts
+from autoshard.runtime import Collective, cut, join, mix, seeded
+
+
+class Ranks:
+    """One tensor per rank, in rank order; torch functions, methods and operators act on each."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self.values = list(values)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Ranks:
+        return cls.apply(func, args, dict(kwargs or {}))
+
+    @classmethod
+    def apply(cls, func: Callable, args: tuple, kwargs: dict) -> Ranks:
+        """`func` on every rank's own arguments."""
+        count = next(len(a.values) for a in _leaves((args, kwargs)) if isinstance(a, Ranks))
+        results = [func(*_pick(args, rank), **_pick(kwargs, rank)) for rank in range(count)]
+        return cls(results)
+
+    def __getattr__(self, name: str) -> Any:
+        first = getattr(self.values[0], name)
+        if not callable(first):
+            return first
+        if name in ("dim", "numel", "size"):
+            return first
+        return lambda *args, **kwargs: Ranks.apply(lambda x, *a, **k: getattr(x, name)(*a, **k), (self, *args), kwargs)
+
+    def __getitem__(self, index: Any) -> Ranks:
+        return Ranks.apply(lambda x, i: x[i], (self, index), {})
+
+
+def _operator(name: str) -> Callable:
+    return lambda self, *args: Ranks.apply(lambda x, *a: getattr(torch.as_tensor(x), name)(*a), (self, *args), {})
+
+
+for _name in "add radd sub rsub mul rmul truediv rtruediv floordiv mod neg and or invert eq ne lt le gt ge".split():
+    setattr(Ranks, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, (tuple, list)):
+        return [leaf for item in tree for leaf in _leaves(item)]
+    if isinstance(tree, dict):
+        return [leaf for item in tree.values() for leaf in _leaves(item)]
+    return [tree]
+
+
+def _pick(tree: Any, rank: int) -> Any:
+    if isinstance(tree, Ranks):
+        return tree.values[rank]
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_pick(item, rank) for item in tree) if not hasattr(tree, "_fields") else tree
+    if isinstance(tree, dict):
+        return {key: _pick(item, rank) for key, item in tree.items()}
+    return tree
+
+
+@dataclass(frozen=True)
+class SimulatedAxis:
+    """Stands for runtime.Axis: converts all ranks at once."""
+
+    mesh: MeshSpec
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.mesh.shape[self.mesh.index(self.name)]
+
+    @property
+    def rank(self) -> Ranks:
+        return Ranks([torch.tensor(coordinate[self.mesh.index(self.name)]) for coordinate in self.mesh.coordinates()])
+
+    def groups(self) -> list[list[int]]:
+        """Ranks that differ on this axis alone, in the order of their coordinate."""
+        axis, found = self.mesh.index(self.name), {}
+        for rank, coordinate in enumerate(self.mesh.coordinates()):
+            found.setdefault((*coordinate[:axis], *coordinate[axis + 1 :]), []).append(rank)
+        return list(found.values())
+
+    def convert(self, x: Ranks, forward: Collective, backward: Collective) -> Ranks:
+        if self.size == 1:
+            return x
+        return Ranks(_Convert.apply(self, forward, backward, *x.values))
+
+    def maximum(self, x: Ranks) -> Ranks:
+        result = [value.detach() for value in x.values]
+        for group in self.groups():
+            top = torch.stack([result[rank] for rank in group]).amax(0)
+            for rank in group:
+                result[rank] = top
+        return Ranks(result)
+
+    def run(self, collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        result = list(values)
+        for group in self.groups():
+            for rank, value in zip(group, run_group(collective, [values[r] for r in group]), strict=True):
+                result[rank] = value
+        return result
+
+
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: SimulatedAxis, forward: Collective, backward: Collective, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.axis, ctx.backward_collective = axis, backward
+        return tuple(value.clone() for value in axis.run(forward, values))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:  # type: ignore[override]
+        return None, None, None, *(grad.clone() for grad in ctx.axis.run(ctx.backward_collective, grads))
+
+
+def run_group(collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One collective on the tensors of one group: the specification of autoshard.runtime.run."""
+    name, dim, segments, cut_dim, cut_segments = collective
+    count = len(values)
+    if name == "identity":
+        return list(values)
+    if name == "all_gather":
+        return [join(values, dim, segments)] * count
+    if name == "reduce_scatter":
+        return cut(sum(values[1:], values[0]), dim, segments, count)
+    if name == "all_reduce":
+        return [sum(values[1:], values[0])] * count
+    if name == "all_to_all":
+        return [join(column, dim, segments) for column in zip(*(cut(x, cut_dim, cut_segments, count) for x in values), strict=True)]
+    if name == "slice":
+        return [cut(x, dim, segments, count)[rank] for rank, x in enumerate(values)]
+    if name == "place":
+        return [join([x if r == rank else torch.zeros_like(x) for r in range(count)], dim, segments) for rank, x in enumerate(values)]
+    if name == "keep_first":
+        return [x if rank == 0 else torch.zeros_like(x) for rank, x in enumerate(values)]
+    raise ValueError(f"unknown collective {name!r}")
+
+
+@dataclass
+class Simulation:
+    """One simulated forward pass: every node's tensors per rank, the results, and the local leaves that collect gradients."""
+
+    program: Program
+    values: dict[str, Ranks] = field(default_factory=dict)
+    leaves: dict[str, Ranks] = field(default_factory=dict)
+    inputs: dict[str, Ranks] = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The global value of a node, put together from its ranks."""
+        node = next(n for n in self.program.graph.nodes if n.name == name)
+        return unshard(self.values[name].values, facts(node).layout, self.program.mesh)
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """The global gradient of the parameter called `name`, after backward; None when none reached it."""
+        leaf = self.leaves[self.program.aliases.get(name, name)]
+        if leaf.values[0].grad is None:
+            return None
+        node = self.program.parameters()[self.program.aliases.get(name, name)]
+        return unshard([x.grad for x in leaf.values], facts(node).layout, self.program.mesh)
+
+    def backward(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Backward from every output that has a gradient: `grads` (global, one per output), ones when not given."""
+        roots, seeds = [], []
+        nodes = list(self.program.output.args[0])  # type: ignore[arg-type,call-overload]
+        for k, (node, output) in enumerate(zip(nodes, self.outputs, strict=True)):
+            if not isinstance(output, Ranks) or not output.values[0].requires_grad or (grads is not None and grads[k] is None):
+                continue
+            seed = torch.ones(facts(node).value.shape, dtype=facts(node).value.dtype) if grads is None else grads[k]
+            roots += output.values
+            seeds += [shard(seed, facts(node).layout, self.program.mesh, at) for at in self.program.mesh.coordinates()]
+        torch.autograd.backward(roots, seeds)
+
+
+def run_program(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], seed: int = 0) -> Simulation:
+    """Run a finished program on all ranks. tensors: global parameters and buffers by name; inputs: global, by name."""
+    simulation = Simulation(program)
+    env: dict[fx.Node, Any] = {}
+    axes = {name: SimulatedAxis(program.mesh, name) for name in program.mesh.axes}
+    for node in program.graph.nodes:
+        known = facts(node)
+        if known.role == "output":
+            simulation.outputs = list(fx.map_arg(node.args[0], lambda n: env[n]))
+            break
+        if node.op == "placeholder":
+            given = inputs[known.name] if known.role == "input" else tensors[known.name]
+            env[node] = _spread(given, node, program)
+            (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = env[node]
+        else:
+            env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed)
+        simulation.values[node.name] = env[node]
+    return simulation
+
+
+def _spread(tensor: torch.Tensor, node: fx.Node, program: Program) -> Ranks:
+    pieces = [shard(tensor.detach(), facts(node).layout, program.mesh, at).clone() for at in program.mesh.coordinates()]
+    return Ranks([piece.requires_grad_() if facts(node).needs_grad else piece for piece in pieces])
+
+
+def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int) -> Any:
+    known, target = facts(node), node.target
+    args, kwargs = lookup(node.args), lookup(node.kwargs)
+    if getattr(target, "__module__", "") == runtime.__name__:
+        args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
+        kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
+        return target(*args, **kwargs)  # type: ignore[operator]
+    if known.random_axes is not None:
+        return _run_random(program, node, args, kwargs, seed)
+    if not any(isinstance(leaf, Ranks) for leaf in _leaves((args, kwargs))):
+        return Ranks([target(*args, **kwargs) for _ in range(program.mesh.size)])  # type: ignore[operator]
+    return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
+
+
+def _run_random(program: Program, node: fx.Node, args: tuple, kwargs: dict, seed: int) -> Ranks:
+    known, mesh, results = facts(node), program.mesh, []
+    for rank, coordinate in enumerate(mesh.coordinates()):
+        places = [(mesh.shape[k], coordinate[k]) for k in map(mesh.index, known.random_axes or ())]
+        with seeded(mix(seed, known.site, *(number for place in places for number in place)), torch.device("cpu")):
+            results.append(node.target(*_pick(args, rank), **_pick(kwargs, rank)))  # type: ignore[operator]
+    return Ranks(results)

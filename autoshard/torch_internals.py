@@ -1,0 +1,75 @@
+"""Every private name of torch that autoshard uses, each with the reason and what breaks if it moves."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# FakeTensor: tracing without memory, on the device where the program will run. If it moves: trace_model cannot start.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import checkpoint as checkpoint_module
+
+# _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
+# cannot be stored; pin them to a plain split.
+from torch.distributed.tensor.placement_types import _StridedShard
+
+# _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
+from torch.utils import _pytree as pytree
+
+__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "pytree", "record_lost_backwards"]
+
+
+def fake_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:
+    """A tensor without memory of the same size and type that claims to lie on `device`."""
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, meta, device)
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> nn.Module:
+    """A deep copy of `model` whose parameters and buffers have no memory; ties are kept."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): fake_like(tensor, mode, device) for tensor in tensors})
+
+
+@contextlib.contextmanager
+def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
+    """Call `found(kind, where)` for what non-strict export drops silently while the block runs.
+
+    kind: "checkpoint", or the name of a custom autograd.Function. Patches Function.apply and checkpoint's own inner
+    function, which every spelling of torch.utils.checkpoint reaches. If they move: test_trace_model fails.
+    """
+    apply, inner = vars(torch.autograd.Function)["apply"], checkpoint_module._checkpoint_without_reentrant_generator
+
+    def where() -> str:
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/autoshard/" not in f.filename]
+        return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
+
+    def recording_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == checkpoint_module.__name__:
+            found("checkpoint", where())
+        elif not cls.__module__.startswith("torch."):
+            found(cls.__qualname__, where())
+        return apply.__func__(cls, *args, **kwargs)
+
+    def recording_inner(*args: Any, **kwargs: Any) -> Any:
+        found("checkpoint", where())
+        return inner(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(recording_apply)  # type: ignore[method-assign,assignment]
+    checkpoint_module._checkpoint_without_reentrant_generator = recording_inner
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+        checkpoint_module._checkpoint_without_reentrant_generator = inner

@@ -1,0 +1,119 @@
+"""annotate_shardings: choose a layout for every value, by exact search over the sound strategies under the constraints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import fx
+
+from autoshard.candidates import Candidate, bound_rule
+from autoshard.constraints import Pin, Template, pins_of, template_constraints
+from autoshard.costs import CostModel
+from autoshard.errors import BudgetError, ConstraintError
+from autoshard.hardware import Hardware
+from autoshard.placements import Layout
+from autoshard.program import Program, facts, native_layout, op_name, producer
+from autoshard.search_space import SearchSpace, Value
+from autoshard.solver import InfeasibleError, Solution, solve
+
+
+@dataclass(frozen=True)
+class AnnotateShardings:
+    """Solve for the least predicted step time.
+
+    constraints: layout by name pattern (autoshard.constraints). fixed_parameters: layouts that parameters already have.
+    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and activations kept for
+    backward. seed: draw random prices instead of real ones, which makes a random sound plan.
+    Raises ConstraintError, BudgetError.
+    """
+
+    hardware: Hardware
+    template: Template = "auto"
+    constraints: Mapping[str, str] = field(default_factory=dict)
+    fixed_parameters: Mapping[str, Layout] = field(default_factory=dict)
+    memory_budget_bytes: float | None = None
+    wants_whole_outputs: bool = True
+    seed: int | None = None
+
+    def __call__(self, program: Program) -> Program:
+        started = time.perf_counter()
+        pins = self._pins(program, self.constraints)
+        space = self._space(program, pins)
+        problem, order = space.problem()
+        program.stats["build_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            solution = solve(problem, self.memory_budget_bytes)
+        except InfeasibleError as error:
+            if "budget" in str(error):
+                raise BudgetError(f"no plan on {program.mesh} fits: {error}; use more ranks on the axes that split, or a larger budget") from error
+            raise ConstraintError(self._conflict(program)) from error
+        program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(order), "largest_table": solution.largest_table}
+        program.stats |= {"objective_s": solution.objective_s, "bound_s": solution.bound_s, "kept_bytes": solution.memory_bytes}
+        _write(program, space, dict(zip(order, solution.choices, strict=True)))
+        _report(program, space, solution)
+        return program
+
+    def _pins(self, program: Program, constraints: Mapping[str, str]) -> dict[fx.Node, list[Pin]]:
+        pins = pins_of(program, constraints)
+        for node, extra in pins_of(program, template_constraints(program, self.template), is_soft=True).items():
+            pins.setdefault(node, extra)  # what the caller pins replaces what the template says of it
+        for name, layout in self.fixed_parameters.items():
+            if name in program.parameters():
+                pins[program.parameters()[name]] = [Pin(f"parameter:{name}", "where it already lies", tuple((str(p),) for p in layout))]
+        return pins
+
+    def _space(self, program: Program, pins: Mapping[fx.Node, list[Pin]]) -> SearchSpace:
+        random = None if self.seed is None else np.random.default_rng(self.seed)
+        return SearchSpace(program, CostModel(program.mesh, self.hardware), pins, self.wants_whole_outputs, random)
+
+    def _conflict(self, program: Program) -> str:
+        """A smallest set of constraints that no plan satisfies: each is dropped in turn, and kept out if still infeasible."""
+        kept = dict(self.constraints)
+        for pattern in list(kept):
+            fewer = {other: text for other, text in kept.items() if other != pattern}
+            try:
+                solve(self._space(program, self._pins(program, fewer)).problem()[0])
+            except InfeasibleError:
+                kept = fewer
+        shown = "; ".join(f"{pattern!r}: {text!r}" for pattern, text in kept.items()) or f"template {self.template!r}"
+        return f"no plan on {program.mesh} satisfies these constraints together: {shown}. Drop or change one of them."
+
+
+def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value, int]) -> None:
+    """Record the chosen strategies and layouts on the nodes."""
+    for node in program.graph.nodes:
+        known = facts(node)
+        if node in space.domains or node in space.chosen:
+            chosen: Candidate = space.domains[node][choice[node]] if node in space.domains else space.chosen[node]
+            known.strategies, known.layouts = chosen.strategies, chosen.outputs
+        elif known.role in ("input", "buffer"):
+            known.layouts = known.layouts or (native_layout(program.mesh.ndim, known.needs_grad),)
+    for node in program.nodes("projection"):
+        source, index = producer(node)
+        facts(node).layouts = (facts(source).layouts[index],)
+    for node in program.nodes("parameter", "op", "projection"):
+        value = producer(node)
+        if value in space.supplies and (facts(node).role == "projection" or len(facts(node).values) == 1):
+            way = space.supplies[value][choice[value]]
+            facts(node).hub, facts(node).is_pinned = way.hub, bool(space.pins_of(value)) and way.hub is not None
+
+
+def _report(program: Program, space: SearchSpace, solution: Solution) -> None:
+    unknown: dict[str, list[fx.Node]] = {}
+    for node in program.nodes("op"):
+        if not facts(node).is_constant and bound_rule(node)[1] is None:
+            unknown.setdefault(op_name(node), []).append(node)
+    for name, nodes in unknown.items():
+        cost = sum((space.chosen.get(node) or space.domains[node][0]).cost_s for node in nodes)
+        program.note(
+            f"no rule for {name} ({len(nodes)} uses, first at {facts(nodes[0]).source}): computed whole on every rank, "
+            f"{cost * 1e3:.3f} ms a step predicted; autoshard.register_rule adds one"
+        )
+    if not solution.is_exact:
+        program.note(f"the plan is within {(solution.objective_s / max(solution.bound_s, 1e-12) - 1) * 100:.1f} % of the best possible (proven)")
+
+

@@ -1,0 +1,146 @@
+"""insert_collectives: put conversion nodes between what is made and what is wanted, each conversion of a value once.
+
+A value reaches each wanted layout from the cheapest one that exists already: as made, the hub that the search chose, or
+another wanted layout. A value that is pinned is converted to the pin first and read from there only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autoshard import runtime
+from autoshard.conversions import Step, is_step_sound, replace_axis
+from autoshard.costs import CostModel
+from autoshard.equation_builders import TensorInfo
+from autoshard.errors import PlacementError
+from autoshard.hardware import Hardware
+from autoshard.placements import I, Layout, R, format_layout, local_segments, local_shape
+from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
+
+
+@dataclass(frozen=True)
+class InsertCollectives:
+    """Insert conversions. `wants_whole_outputs`: what leaves the program is whole on every rank, else it may stay split."""
+
+    hardware: Hardware
+    wants_whole_outputs: bool = True
+
+    def __call__(self, program: Program) -> Program:
+        model = CostModel(program.mesh, self.hardware)
+        routers: dict[fx.Node, _Router] = {}
+        wanted = {node: self._wanted(program, node) for node in program.nodes("op", "update", "output")}
+        for node, layouts in wanted.items():
+            for operand, layout in zip(tensor_operands(node), layouts, strict=True):
+                routers.setdefault(operand, _Router(program, model, operand)).want(layout)
+        for router in routers.values():
+            router.plan()
+        for node, layouts in wanted.items():
+            replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
+        return program
+
+    def _wanted(self, program: Program, node: fx.Node) -> list[Layout]:
+        operands, ndim = tensor_operands(node), program.mesh.ndim
+        if facts(node).role == "op":
+            columns = zip(*(strategy.inputs for strategy in facts(node).strategies), strict=True) if operands else ()
+            return [tuple(c) if facts(o).needs_grad else _plain(c) for o, c in zip(operands, columns, strict=True)]
+        if facts(node).role == "update":
+            return [native_layout(ndim, False) for _ in operands]
+        return [self._leaving(facts(o)) for o in operands]
+
+    def _leaving(self, known: Facts) -> Layout:
+        whole, given = (I if known.needs_grad else R), known.hub if known.is_pinned and known.hub else known.layout
+        return tuple(p if p.is_split and not self.wants_whole_outputs and known.value.shape else whole for p in given)
+
+
+def _plain(layout: Sequence) -> Layout:
+    return tuple(R if p == I else p for p in layout)
+
+
+class _Router:
+    """Ways from one value to every layout its users want."""
+
+    def __init__(self, program: Program, model: CostModel, node: fx.Node) -> None:
+        self.program, self.model, self.node, self.known = program, model, node, facts(node)
+        self.wants: dict[Layout, None] = {}
+        self.source: dict[Layout, Layout] = {}  # layout -> the layout it is converted from
+        self.made: dict[Layout, fx.Node] = {self.known.layout: node}
+
+    def want(self, layout: Layout) -> None:
+        self.wants[layout] = None
+
+    def plan(self) -> None:
+        """Greedy tree: the cheapest layout to reach next, from any that is reached."""
+        reached, missing = [self.known.layout], [x for x in self.wants if x != self.known.layout]
+        hub = self.known.hub
+        if hub is not None and hub != self.known.layout:
+            self.source[hub] = self.known.layout
+            reached.append(hub)
+        if self.known.is_pinned and hub is not None:
+            reached = [hub]
+            missing = [x for x in self.wants if x != hub]
+        while missing := [x for x in missing if x not in reached]:
+            priced = [(self._price(a, b), i, j) for i, b in enumerate(missing) for j, a in enumerate(reached)]
+            _, i, j = min(priced)
+            self.source[missing[i]] = reached[j]
+            reached.append(missing[i])
+
+    def _price(self, src: Layout, dst: Layout) -> float:
+        best = self.model.best_route(src, dst, self.known.value)
+        return float("inf") if best is None else best[0]
+
+    def fetch(self, layout: Layout, user: fx.Node) -> fx.Node:
+        """The node that holds the value in `layout`, made before `user` where it does not exist."""
+        if self.known.is_pinned and layout == self.known.layout and layout != self.known.hub and layout in self.source:
+            return self._through(layout, user)
+        return self.made[layout] if layout in self.made else self._through(layout, user)
+
+    def _through(self, layout: Layout, user: fx.Node) -> fx.Node:
+        src = self.source[layout]
+        node = self.made[src] if src in self.made else self._through(src, user)
+        best = self.model.best_route(src, layout, self.known.value)
+        if best is None:
+            raise PlacementError(f"no conversion of {self.node.name} from {src} to {layout}")
+        for step in best[1]:
+            node = self._insert(node, step, user)
+        self.made[layout] = node
+        return node
+
+    def _insert(self, node: fx.Node, step: Step, user: fx.Node) -> fx.Node:
+        before = facts(node).layout
+        after = replace_axis(before, step.axis, step.dst)
+        if after in self.made and after not in self.source:
+            return self.made[after]
+        with self.program.graph.inserting_before(user):
+            new = insert_conversion(self.program, node, step)
+        return new
+
+
+def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
+    """Add the node of one conversion step at the graph's insertion point."""
+    known, axis = facts(node), program.mesh.axes[step.axis]
+    after = replace_axis(known.layout, step.axis, step.dst)
+    if not is_step_sound(known.layout, step):
+        raise PlacementError(f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}")
+    args = conversion_arguments(program, known.value, known.layout, step)
+    new = program.graph.call_function(getattr(runtime, step.row.name), (node, axis, *args))
+    stem = node.name.split("__")[0]
+    set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant))
+    return new
+
+
+def conversion_arguments(program: Program, value: TensorInfo, layout: Layout, step: Step) -> tuple:
+    """Dims and local segments that the runtime function of `step` takes after the axis."""
+    found: list = []
+    after = replace_axis(layout, step.axis, step.dst)
+    for placement, where in ((step.src, layout), (step.dst, after)):
+        if placement.is_split:
+            segments = local_segments(where, step.axis, value.shape, program.mesh.shape)
+            assert segments is not None and local_shape(value.shape, where, program.mesh.shape) is not None
+            found.append((placement.dim, segments if len(segments) > 1 else ()))
+    if len(found) == 2:
+        return (*found[0], *found[1])
+    return () if not found else found[0] if found[0][1] else found[0][:1]
+

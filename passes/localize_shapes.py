@@ -1,0 +1,69 @@
+"""localize_shapes: rewrite what a node says about global sizes into this rank's, and put lowerings in place.
+
+Shape arguments become local shapes, sizes of pieces along a split dim shrink, ops whose split factor needs other code
+call their lowering with the axes that split it, and random ops learn on which axes their draws differ.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import fx
+
+from autoshard import runtime
+from autoshard.candidates import base, bound_rule
+from autoshard.equations import Equation
+from autoshard.placements import local_shape
+from autoshard.program import Program, arguments, call_of, facts, set_argument
+from autoshard.rules import Lowering, Rule
+
+
+@dataclass(frozen=True)
+class LocalizeShapes:
+    """Make every op node runnable on local tensors."""
+
+    def __call__(self, program: Program) -> Program:
+        site = 0
+        for node in program.nodes("op"):
+            rule, equation = bound_rule(node)
+            if rule is None or equation is None:
+                continue
+            if rule.is_random(call_of(node)):
+                site += 1
+                facts(node).site = site
+                facts(node).random_axes = tuple(
+                    axis
+                    for axis, strategy in zip(program.mesh.axes, facts(node).strategies, strict=True)
+                    if strategy.factor and base(strategy.factor) not in rule.undrawn
+                )
+            _localize_sizes(program, node, rule, equation)
+            if rule.lowering is not None:
+                _lower(program, node, rule.lowering)
+        return program
+
+
+def _localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
+    known, sizes = facts(node), program.mesh.shape
+    if rule.shape is not None:
+        local = local_shape(known.value.shape, known.layout, sizes)
+        assert local is not None
+        given, dim = arguments(node)[rule.shape], arguments(node).get("dim", 0)
+        start = dim % len(known.value.shape) if rule.shape == "sizes" else 0
+        set_argument(node, rule.shape, [g if g == -1 else n for g, n in zip(given, local[start:], strict=False)])
+    if rule.piece is not None:
+        pieces = equation.joined[0] if equation.joined else ()
+        shrink = math.prod(n for strategy, n in zip(known.strategies, sizes, strict=True) if strategy.factor in pieces)
+        given = arguments(node)[rule.piece]
+        set_argument(node, rule.piece, given // shrink if isinstance(given, int) else [size // shrink for size in given])
+
+
+def _lower(program: Program, node: fx.Node, lowering: Lowering) -> None:
+    axes: dict[str, tuple[str, ...]] = {}
+    for axis, strategy in zip(program.mesh.axes, facts(node).strategies, strict=True):
+        keyword = lowering.axes.get(base(strategy.factor)) if strategy.factor else None
+        if keyword is not None:
+            axes[keyword] = (*axes.get(keyword, ()), axis)
+    if axes:
+        node.kwargs = {**node.kwargs, **axes}
+        node.target = getattr(runtime, lowering.function)

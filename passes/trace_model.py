@@ -1,0 +1,153 @@
+"""trace_model: torch.export of the model into a graph of ATen ops, on tensors without memory.
+
+Non-strict export keeps autograd semantics of everything but custom autograd.Functions (refused, their backward would be
+lost) and activation checkpointing (reported, recomputation is lost).
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+
+from autoshard.equation_builders import TensorInfo
+from autoshard.errors import TraceError
+from autoshard.program import Facts, Program, Source, facts, set_facts
+from autoshard.torch_internals import fake_copy, fake_like, fake_mode, pytree, record_lost_backwards
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n\s*(?P<text>.*)')
+
+
+@dataclass(frozen=True)
+class TraceModel:
+    """Fill an empty program with the graph of `model(*args, **kwargs)`.
+
+    args, kwargs: example inputs with global shapes; only shapes, dtypes and requires_grad of tensors are read, other
+    values are baked in. device: where the program will run. Raises TraceError.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    def __call__(self, program: Program) -> Program:
+        mode, device = fake_mode(), torch.device(self.device)
+        model = fake_copy(self.model, mode, device)
+        leaves, program.in_spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        wants_grad = [isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves]
+        fakes = [fake_like(leaf.detach(), mode, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(fakes, program.in_spec)
+        exported = self._export(model, args, kwargs, program)
+        program.is_training = self.model.training
+        program.graph, program.out_spec = exported.graph, exported.call_spec.out_spec
+        program.aliases = _aliases(self.model)
+        _describe_nodes(program, exported, self.model, leaves, wants_grad)
+        return program
+
+    def _export(self, model: nn.Module, args: tuple, kwargs: dict, program: Program) -> Any:
+        lost: list[tuple[str, str]] = []
+        try:
+            with record_lost_backwards(lambda kind, where: lost.append((kind, where))):
+                exported = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
+            raise TraceError(_explain(error, self.model)) from error
+        for kind, where in dict.fromkeys(lost):
+            if kind != "checkpoint":
+                raise TraceError(
+                    f"custom autograd.Function {kind} at {where}: tracing keeps its forward and would lose its backward. "
+                    "Write it as a torch.library.custom_op with register_autograd, or in plain torch ops."
+                )
+            program.note(f"activation checkpointing at {where} is not kept: its activations stay in memory until backward")
+        return exported
+
+
+def _explain(error: Exception, model: nn.Module) -> str:
+    """The reason and the innermost line of the caller's code, from an export error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not any(part in f.filename for part in ("/torch/", "/autoshard/", "/passes/")) and f.line]
+    text = str(error)
+    shown = _FRAME.findall(text)
+    own_text = [f for f in shown if "/torch/" not in f[0]]
+    if own_text:
+        place = f"{own_text[-1][0]}:{own_text[-1][1]}: {own_text[-1][2]}"
+    else:
+        place = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "no line known"
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    data_dependent = "data-dependent" in text.lower() or "data dependent" in text.lower()
+    advice = (
+        "The model branches on values of tensors, which one graph cannot follow: use torch.where or torch.cond there."
+        if data_dependent
+        else "torch.export must be able to trace the model; try torch.export.export(model, args, strict=False) to see its full report."
+    )
+    return f"cannot trace {type(model).__name__}: {reason}\n  at {place}\n  {advice}"
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Every further name of a tied parameter or buffer -> its last name, the one that export reads."""
+    last: dict[int, str] = {}
+    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in everything:
+        last[id(tensor)] = name
+    return {name: last[id(tensor)] for name, tensor in everything if last[id(tensor)] != name}
+
+
+def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: list[Any], wants_grad: list[bool]) -> None:
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if hasattr(spec.arg, "name")}
+    originals = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    user_inputs = [node for node in exported.graph.nodes if node.op == "placeholder" and specs[node.name].kind == InputKind.USER_INPUT]
+    program.flat_inputs = tuple(
+        node.name if isinstance(leaf, torch.Tensor) else None for node, leaf in zip(user_inputs, leaves, strict=True)
+    )
+    grads = {node.name: wanted for node, wanted in zip(user_inputs, wants_grad, strict=True)}
+    bodies = [sub.graph for sub in exported.graph_module.modules() if isinstance(sub, fx.GraphModule)]
+    for node in (node for graph in bodies for node in graph.nodes):
+        if node.op == "placeholder" and node.graph is not exported.graph:
+            set_facts(node, Facts("input", _infos(node.meta.get("val"))))
+        elif node.op == "placeholder":
+            set_facts(node, _placeholder_facts(node, specs[node.name], originals, grads))
+        elif node.op in ("call_function", "get_attr"):
+            set_facts(node, Facts("op", _infos(node.meta.get("val")), source=_source(node)))
+        else:
+            set_facts(node, Facts("output"))
+    _lift_constants(program, exported)
+
+
+def _placeholder_facts(node: fx.Node, spec: Any, originals: Mapping[str, torch.Tensor], grads: Mapping[str, bool]) -> Facts:
+    values = _infos(node.meta["val"])
+    if spec.kind == InputKind.USER_INPUT:
+        values = tuple(TensorInfo(v.shape, v.dtype, grads[node.name]) for v in values)
+        return Facts("input", values, name=node.name)
+    original = originals.get(spec.target)
+    needs_grad = isinstance(original, nn.Parameter) and original.requires_grad
+    values = tuple(TensorInfo(v.shape, v.dtype, needs_grad) for v in values)
+    is_parameter = spec.kind == InputKind.PARAMETER
+    return Facts("parameter" if is_parameter else "buffer", values, name=spec.target, is_persistent=bool(spec.persistent or is_parameter))
+
+
+def _lift_constants(program: Program, exported: Any) -> None:
+    """Tensors that the model made outside its parameters and buffers become buffers under the name that export gives them."""
+    for node in program.nodes("buffer"):
+        value = exported.constants.get(facts(node).name)
+        if value is not None and not isinstance(value, torch._subclasses.FakeTensor):
+            node.meta["constant"] = value
+
+
+def _infos(value: Any) -> tuple[TensorInfo, ...]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return tuple(TensorInfo(tuple(map(int, v.shape)), v.dtype) for v in values if isinstance(v, torch.Tensor))
+
+
+def _source(node: fx.Node) -> Source:
+    stack = node.meta.get("nn_module_stack") or {}
+    key, (path, cls) = list(stack.items())[-1] if stack else ("", ("", ""))
+    cls = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    file, line, text = frames[-1] if frames else ("", 0, "")
+    return Source(path, cls.rsplit(".", 1)[-1], key, file, int(line), text.strip())
