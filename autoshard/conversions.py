@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from autoshard.placements import I, Layout, P, Placement, R, local_shape
+from autoshard.errors import PlacementError
+from autoshard.placements import I, Layout, P, Placement, R, local_segments, local_shape
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "place", "keep_first", "identity"]
 
@@ -92,6 +93,20 @@ def replace_axis(layout: Layout, axis: int, placement: Placement) -> Layout:
 def without_gradient(layout: Layout) -> Layout:
     """The layout of a value that needs no gradient: I and R are the same thing then, written R."""
     return tuple(R if placement == I else placement for placement in layout)
+
+
+def step_arguments(layout: Layout, step: Step, shape: Sequence[int], sizes: Sequence[int]) -> tuple:
+    """Dims and local segments that the runtime function of `step` takes after the axis; `layout` is the one before it."""
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for placement, where in ((step.src, layout), (step.dst, replace_axis(layout, step.axis, step.dst))):
+        if placement.is_split:
+            segments = local_segments(where, step.axis, shape, sizes)
+            if segments is None:
+                raise PlacementError(f"{placement} on axis {step.axis} does not nest in {where} for shape {tuple(shape)}")
+            found.append((placement.dim, segments if len(segments) > 1 else ()))
+    if len(found) == 2:
+        return (*found[0], *found[1])
+    return () if not found else found[0] if found[0][1] else found[0][:1]
 
 
 @lru_cache(maxsize=None)

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from autoshard.conversions import COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
+from torch import fx
+
+from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
 from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Equation, Strategy
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, local_shape
+from autoshard.program import Program, facts
 from autoshard.rules import Rule
 
 OPTIMIZER_PASSES = 7
@@ -57,11 +60,15 @@ class CostModel:
 
     def step_s(self, step: Step, value: TensorInfo, layout: Layout) -> float:
         """Seconds of one conversion step, forward and, where a gradient flows, backward; `layout` is the one before it."""
-        n = self.mesh.shape[step.axis]
-        whole = self.local_bytes(value, replace_axis(layout, step.axis, step.dst if not step.dst.is_split else step.src))
-        whole *= n if step.src.is_split and step.dst.is_split else 1
+        whole = self.whole_bytes(step, value, layout)
         directions = (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]
         return sum(self.collective_s(name, whole, step.axis) for name in directions)
+
+    def whole_bytes(self, step: Step, value: TensorInfo, layout: Layout) -> float:
+        """Bytes of the value that the ranks of the step's axis hold together."""
+        both = step.src.is_split and step.dst.is_split
+        held = self.local_bytes(value, replace_axis(layout, step.axis, step.src if step.dst.is_split else step.dst))
+        return held * self.mesh.shape[step.axis] if both else held
 
     def collective_s(self, name: str, whole_bytes: float, axis: int) -> float:
         """Seconds of one collective over a value that the axis holds `whole_bytes` of together."""
@@ -101,3 +108,24 @@ def _best_route(model: CostModel, src: Layout, dst: Layout, value: TensorInfo) -
 def split_of(strategies: Sequence[Strategy], sizes: Sequence[int]) -> float:
     """How many ranks share the work of an op under one strategy per axis."""
     return math.prod(n for strategy, n in zip(strategies, sizes, strict=True) if strategy.factor)
+
+
+def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
+    """Bytes that a rank sends in one conversion node: forward, and backward where a gradient flows."""
+    known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
+    axis = program.mesh.index(str(node.args[1]))
+    n, row = program.mesh.shape[axis], BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+    step = Step(axis, before[axis], known.layout[axis])
+    whole = costs.whole_bytes(step, known.value, before)
+    return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
+
+
+def traffic(program: Program, costs: CostModel) -> dict[str, float]:
+    """Bytes that a rank sends in one forward and backward pass, by collective, in conversion nodes."""
+    moved: dict[str, float] = {}
+    for node in program.nodes("conversion"):
+        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
+            if count:
+                moved[name] = moved.get(name, 0.0) + count
+    return moved

@@ -42,6 +42,7 @@ class Facts:
     name: of a parameter or buffer its name in the model, of an input its argument name. axes: mesh axes on which a random
     op draws different numbers (None: not random), `site` its number. is_constant: computed once, not at every step.
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
+    op: the op that a lowering stands for.
     """
 
     role: Role
@@ -56,6 +57,7 @@ class Facts:
     is_persistent: bool = True
     hub: Layout | None = None
     is_pinned: bool = False
+    op: torch._ops.OpOverload | None = None
 
     @property
     def value(self) -> TensorInfo:
@@ -79,9 +81,14 @@ def set_facts(node: fx.Node, new: Facts) -> None:
     node.meta[META_KEY] = new
 
 
+def op_of(node: fx.Node) -> Any:
+    """What an op node computes on global tensors: its target, or the op that its lowering stands for."""
+    return facts(node).op or node.target
+
+
 def op_name(node: fx.Node) -> str:
     """`aten.linear.default` for a torch op, the plain name for a function."""
-    target = node.target
+    target = op_of(node)
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
@@ -89,20 +96,28 @@ def op_name(node: fx.Node) -> str:
 class Program:
     """One traced forward pass on a mesh.
 
-    flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in.
+    is_typed: conversions stand between all layouts, so the checker may judge. is_localized: ops are written for local
+    tensors. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in.
     outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
-    parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each.
+    parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
+    names of those that ran. constants: values of tensors that the
+    model made outside its parameters and buffers. source: the text of the emitted program.
     """
 
     graph: fx.Graph
     mesh: MeshSpec
     is_training: bool = True
+    is_typed: bool = False
+    is_localized: bool = False
     in_spec: Any = None
     out_spec: Any = None
     flat_inputs: tuple[str | None, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
+    passes: list[str] = field(default_factory=list)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    source: str = ""
 
     def nodes(self, *roles: Role) -> Iterator[fx.Node]:
         """Nodes with one of `roles` (all without any), in order."""
@@ -135,7 +150,7 @@ def native_layout(ndim: int, needs_grad: bool) -> Layout:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op node by schema name, defaults filled in; positional names arg0, arg1, ... where there is no schema."""
-    schema = getattr(node.target, "_schema", None)
+    schema = getattr(op_of(node), "_schema", None)
     if schema is None:
         return {**{f"arg{k}": value for k, value in enumerate(node.args)}, **node.kwargs}
     bound: dict[str, Any] = {}
@@ -160,14 +175,9 @@ def replace_operands(node: fx.Node, new: list[fx.Node]) -> None:
     """Exchange the operands of `node`, in the order of tensor_operands."""
     order = iter(new)
     bound = fx.map_arg(arguments(node), lambda _: next(order))
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        rest = {k: v for k, v in bound.items() if k in node.kwargs}
-        node.args, node.kwargs = tuple(v for k, v in bound.items() if k not in rest), rest
-        return
-    names = [argument.name for argument in schema.arguments]
+    names = list(bound)
     node.args = tuple(bound[name] for name in names[: len(node.args)])
-    node.kwargs = {name: bound[name] for name in node.kwargs}
+    node.kwargs = {name: bound.get(name, value) for name, value in node.kwargs.items()}
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

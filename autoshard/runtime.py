@@ -23,7 +23,7 @@ Segments are sizes along a dim that are cut each by itself; () cuts the dim as o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -342,15 +342,31 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 class Program:
     """Base of emitted programs: the tensors that a rank holds, its axes, and the seed of this step.
 
-    tensors: local parameters, buffers and constants by the model's names. Random ops draw from a seed made of the step,
-    the place in the program and the rank's position on the axes that split the value: ranks that hold the same value
-    draw the same numbers, ranks that hold different pieces draw different ones.
+    tensor: a local parameter or buffer by the model's name. Random ops draw from a seed made of the step, the place in the
+    program and the rank's position on the axes that split the value: ranks that hold the same value draw the same
+    numbers, ranks that hold different pieces draw different ones.
     """
 
-    def __init__(self, axes: Mapping[str, Axis], tensor: Callable[[str], Tensor], seed: Callable[[], int] = lambda: 0) -> None:
-        self.axes = tuple(axes.values())
+    def __init__(self, axes: Sequence[Axis], tensor: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int] = lambda: 0) -> None:
+        self.axes = tuple(axes)
         self.tensor = tensor
+        self.device = device
         self.seed = seed
+        self._constants: dict[str, Tensor] | None = None
+
+    def constants(self) -> dict[str, Tensor]:
+        """What depends on no input and no parameter; overridden by programs that have any."""
+        return {}
+
+    def constant(self, name: str) -> Tensor:
+        if self._constants is None:
+            with torch.no_grad():
+                self._constants = self.constants()
+        return self._constants[name]
+
+    def forget_constants(self) -> None:
+        """Compute constants anew at the next step, after buffers or the device changed."""
+        self._constants = None
 
     def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the random op `op` at place `site` of the program on a value that `axes` split."""

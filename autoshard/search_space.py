@@ -23,7 +23,8 @@ from autoshard.constraints import Pin
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel
 from autoshard.equation_builders import TensorInfo
-from autoshard.placements import I, Layout, P, R
+from autoshard.errors import ConstraintError
+from autoshard.placements import I, Layout, P, Placement, R
 from autoshard.program import Program, facts, native_layout, producer, tensor_operands
 from autoshard.solver import Problem
 
@@ -302,11 +303,16 @@ class SearchSpace:
 
 
 def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program) -> None:
-    """Say why no layout satisfies `pins`."""
-    from autoshard.errors import ConstraintError
-
+    """Say why no layout satisfies `pins`, and which sizes would."""
     asked = "; ".join(map(str, pins))
-    raise ConstraintError(
-        f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. "
-        "Dims must divide by the axes that split them, and constraints on one value must agree; drop or change one of these."
-    )
+    advice = []
+    for pin in pins:
+        for axis, texts in enumerate(pin.allowed):
+            for placement in (Placement.parse(text) for text in texts if text.startswith("S(")):
+                n = program.mesh.shape[axis]
+                length = value.shape[placement.dim] if placement.dim < len(value.shape) else 0
+                if length % n or not length:
+                    near = f"{max(length // n, 1) * n} or {(length // n + 1) * n}" if length else "a tensor with that dim"
+                    advice.append(f"dim {placement.dim} has size {length}, axis {program.mesh.axes[axis]} of {n} ranks needs a multiple of {n}: {near} would work")
+    reason = ". ".join(advice) or "Constraints on one value must agree, and dims must divide by the axes that split them; drop or change one"
+    raise ConstraintError(f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. {reason}.")

@@ -16,7 +16,7 @@ from torch import fx
 from autoshard import runtime
 from autoshard.mesh import MeshSpec
 from autoshard.placements import shard, unshard
-from autoshard.program import Program, facts
+from autoshard.program import Program, arguments, facts
 from autoshard.runtime import Collective, cut, join, mix, seeded
 
 
@@ -175,6 +175,10 @@ class Simulation:
         node = self.program.parameters()[self.program.aliases.get(name, name)]
         return unshard([x.grad for x in leaf.values], facts(node).layout, self.program.mesh)
 
+    def buffer(self, name: str) -> torch.Tensor:
+        """A buffer as the first rank has it now."""
+        return self.leaves[name].values[0]
+
     def backward(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
         """Backward from every output that has a gradient: `grads` (global, one per output), ones when not given."""
         roots, seeds = [], []
@@ -188,8 +192,13 @@ class Simulation:
         torch.autograd.backward(roots, seeds)
 
 
-def run_program(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], seed: int = 0) -> Simulation:
-    """Run a finished program on all ranks. tensors: global parameters and buffers by name; inputs: global, by name."""
+def run_program(
+    program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], seed: int = 0, is_random: bool = True
+) -> Simulation:
+    """Run a finished program on all ranks. tensors: global parameters and buffers by name; inputs: global, by name.
+
+    is_random: False switches dropout off.
+    """
     simulation = Simulation(program)
     env: dict[fx.Node, Any] = {}
     axes = {name: SimulatedAxis(program.mesh, name) for name in program.mesh.axes}
@@ -203,7 +212,7 @@ def run_program(program: Program, tensors: Mapping[str, torch.Tensor], inputs: M
             env[node] = _spread(given, node, program)
             (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = env[node]
         else:
-            env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed)
+            env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)
         simulation.values[node.name] = env[node]
     return simulation
 
@@ -213,14 +222,17 @@ def _spread(tensor: torch.Tensor, node: fx.Node, program: Program) -> Ranks:
     return Ranks([piece.requires_grad_() if facts(node).needs_grad else piece for piece in pieces])
 
 
-def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int) -> Any:
+def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int | None) -> Any:
     known, target = facts(node), node.target
     args, kwargs = lookup(node.args), lookup(node.kwargs)
     if getattr(target, "__module__", "") == runtime.__name__:
         args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
         return target(*args, **kwargs)  # type: ignore[operator]
-    if known.random_axes is not None:
+    if known.random_axes is not None and seed is None:
+        args, kwargs = lookup(without_randomness(node))
+        return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
+    if known.random_axes is not None and seed is not None:
         return _run_random(program, node, args, kwargs, seed)
     if not any(isinstance(leaf, Ranks) for leaf in _leaves((args, kwargs))):
         return Ranks([target(*args, **kwargs) for _ in range(program.mesh.size)])  # type: ignore[operator]
@@ -234,3 +246,10 @@ def _run_random(program: Program, node: fx.Node, args: tuple, kwargs: dict, seed
         with seeded(mix(seed, known.site, *(number for place in places for number in place)), torch.device("cpu")):
             results.append(node.target(*_pick(args, rank), **_pick(kwargs, rank)))  # type: ignore[operator]
     return Ranks(results)
+
+
+def without_randomness(node: fx.Node) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of a random op under which it draws nothing: its probability is 0."""
+    bound = {name: 0.0 if name in ("p", "dropout_p") else value for name, value in arguments(node).items()}
+    keyword_only = {argument.name for argument in node.target._schema.arguments if argument.kwarg_only}  # type: ignore[union-attr]
+    return tuple(v for k, v in bound.items() if k not in keyword_only), {k: v for k, v in bound.items() if k in keyword_only}

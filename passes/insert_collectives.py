@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from autoshard import runtime
-from autoshard.conversions import Step, is_step_sound, replace_axis
+from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
-from autoshard.placements import I, Layout, R, format_layout, local_segments, local_shape
+from autoshard.placements import I, Layout, R, format_layout
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
 
 
@@ -39,6 +38,7 @@ class InsertCollectives:
             router.plan()
         for node, layouts in wanted.items():
             replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
+        program.is_typed = True
         return program
 
     def _wanted(self, program: Program, node: fx.Node) -> list[Layout]:
@@ -124,23 +124,8 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     after = replace_axis(known.layout, step.axis, step.dst)
     if not is_step_sound(known.layout, step):
         raise PlacementError(f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}")
-    args = conversion_arguments(program, known.value, known.layout, step)
-    new = program.graph.call_function(getattr(runtime, step.row.name), (node, axis, *args))
-    stem = node.name.split("__")[0]
+    args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
+    stem = known.name if known.role == "conversion" else node.name
+    new = program.graph.create_node("call_function", getattr(runtime, step.row.name), (node, axis, *args), name=f"{stem}_{step.row.name}")
     set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant))
     return new
-
-
-def conversion_arguments(program: Program, value: TensorInfo, layout: Layout, step: Step) -> tuple:
-    """Dims and local segments that the runtime function of `step` takes after the axis."""
-    found: list = []
-    after = replace_axis(layout, step.axis, step.dst)
-    for placement, where in ((step.src, layout), (step.dst, after)):
-        if placement.is_split:
-            segments = local_segments(where, step.axis, value.shape, program.mesh.shape)
-            assert segments is not None and local_shape(value.shape, where, program.mesh.shape) is not None
-            found.append((placement.dim, segments if len(segments) > 1 else ()))
-    if len(found) == 2:
-        return (*found[0], *found[1])
-    return () if not found else found[0] if found[0][1] else found[0][:1]
-

@@ -40,6 +40,7 @@ class LocalizeShapes:
             _localize_sizes(program, node, rule, equation)
             if rule.lowering is not None:
                 _lower(program, node, rule.lowering)
+        program.is_localized = True
         return program
 
 
@@ -66,4 +67,5 @@ def _lower(program: Program, node: fx.Node, lowering: Lowering) -> None:
             axes[keyword] = (*axes.get(keyword, ()), axis)
     if axes:
         node.kwargs = {**node.kwargs, **axes}
+        facts(node).op = node.target  # type: ignore[assignment]
         node.target = getattr(runtime, lowering.function)

@@ -157,9 +157,10 @@ def _identifier(text: str) -> str:
 
 def _drop_dead(program: Program) -> None:
     for node in reversed(list(program.graph.nodes)):
-        if not node.users and facts(node).role in ("op", "projection", "buffer"):
-            if facts(node).role == "buffer" or not _has_effect(node):
-                program.graph.erase_node(node)
+        role = facts(node).role
+        is_alias = role == "parameter" and facts(node).name in program.aliases
+        if not node.users and (is_alias or role in ("projection", "buffer") or role == "op" and not _has_effect(node)):
+            program.graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
+from autoshard.placements import Layout
 from autoshard.program import Facts, Program, Source, facts, set_facts
 from autoshard.torch_internals import fake_copy, fake_like, fake_mode, pytree, record_lost_backwards
 
@@ -29,13 +30,15 @@ class TraceModel:
     """Fill an empty program with the graph of `model(*args, **kwargs)`.
 
     args, kwargs: example inputs with global shapes; only shapes, dtypes and requires_grad of tensors are read, other
-    values are baked in. device: where the program will run. Raises TraceError.
+    values are baked in. device: where the program will run. entry_layouts: how each tensor argument is given, when not
+    whole on every rank. Raises TraceError.
     """
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
+    entry_layouts: tuple[Layout, ...] = ()
 
     def __call__(self, program: Program) -> Program:
         mode, device = fake_mode(), torch.device(self.device)
@@ -49,6 +52,8 @@ class TraceModel:
         program.graph, program.out_spec = exported.graph, exported.call_spec.out_spec
         program.aliases = _aliases(self.model)
         _describe_nodes(program, exported, self.model, leaves, wants_grad)
+        for name, layout in zip(filter(None, program.flat_inputs), self.entry_layouts, strict=False):
+            next(facts(node) for node in program.nodes("input") if node.name == name).layouts = (layout,)
         return program
 
     def _export(self, model: nn.Module, args: tuple, kwargs: dict, program: Program) -> Any:
@@ -116,7 +121,7 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
             set_facts(node, Facts("op", _infos(node.meta.get("val")), source=_source(node)))
         else:
             set_facts(node, Facts("output"))
-    _lift_constants(program, exported)
+    _keep_constants(program, exported, model)
 
 
 def _placeholder_facts(node: fx.Node, spec: Any, originals: Mapping[str, torch.Tensor], grads: Mapping[str, bool]) -> Facts:
@@ -131,12 +136,14 @@ def _placeholder_facts(node: fx.Node, spec: Any, originals: Mapping[str, torch.T
     return Facts("parameter" if is_parameter else "buffer", values, name=spec.target, is_persistent=bool(spec.persistent or is_parameter))
 
 
-def _lift_constants(program: Program, exported: Any) -> None:
-    """Tensors that the model made outside its parameters and buffers become buffers under the name that export gives them."""
+def _keep_constants(program: Program, exported: Any, model: nn.Module) -> None:
+    """Values of tensors that the model made outside its parameters and buffers."""
+    own = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     for node in program.nodes("buffer"):
-        value = exported.constants.get(facts(node).name)
-        if value is not None and not isinstance(value, torch._subclasses.FakeTensor):
-            node.meta["constant"] = value
+        name = facts(node).name
+        value = exported.constants.get(name)
+        if name not in own and isinstance(value, torch.Tensor):
+            program.constants[name] = value.detach()
 
 
 def _infos(value: Any) -> tuple[TensorInfo, ...]:
@@ -149,5 +156,6 @@ def _source(node: fx.Node) -> Source:
     key, (path, cls) = list(stack.items())[-1] if stack else ("", ("", ""))
     cls = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    file, line, text = frames[-1] if frames else ("", 0, "")
+    own = [frame for frame in frames if "/torch/" not in frame[0]]
+    file, line, text = (own or frames or [("", 0, "")])[-1]
     return Source(path, cls.rsplit(".", 1)[-1], key, file, int(line), text.strip())

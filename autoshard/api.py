@@ -1,0 +1,126 @@
+"""The public functions: compile, plan, verify, simulate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autoshard.constraints import Template
+from autoshard.errors import InputError
+from autoshard.hardware import Hardware, hardware_of
+from autoshard.mesh import MeshSpec
+from autoshard.module import Inputs, Outputs, Settings, ShardedModule
+from autoshard.plan import Plan
+from autoshard.planner import Request, make_plan
+from autoshard.simulator import Simulation
+from autoshard.verification import Verification, compare, simulate_plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """Rarely needed. seed: draw a random sound plan instead of the best. dump_dir: folder for the graph after every pass."""
+
+    seed: int | None = None
+    dump_dir: str | None = None
+
+
+def _settings(
+    device_type: str,
+    template: Template,
+    constraints: Mapping[str, str] | None,
+    hardware: str | Hardware | None,
+    memory_budget_bytes: float | None,
+    options: Options | None,
+    inputs: Inputs,
+    outputs: Outputs,
+) -> Settings:
+    choices = {"template": (template, ("auto", "ddp", "fsdp", "megatron", "megatron_sp")), "inputs": (inputs, ("global", "local")), "outputs": (outputs, ("whole", "dtensor"))}  # fmt: skip
+    for name, (given, known) in choices.items():
+        if given not in known:
+            raise InputError(f"{name}={given!r} is not known; there are {', '.join(map(repr, known))}")
+    extra = options or Options()
+    return Settings(hardware_of(hardware, device_type), template, dict(constraints or {}), memory_budget_bytes, inputs, outputs, extra.seed, extra.dump_dir)
+
+
+def compile(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    template: Template = "auto",
+    constraints: Mapping[str, str] | None = None,
+    hardware: str | Hardware | None = None,
+    memory_budget_bytes: float | None = None,
+    options: Options | None = None,
+    inputs: Inputs = "global",
+    outputs: Outputs = "whole",
+) -> ShardedModule:
+    """Partition `model` over the processes of `mesh`.
+
+    Every process of the mesh calls this with the same model. Planning happens at the first call, or at once when
+    `example_inputs` or `example_kwargs` (like those of the calls to come; only shapes and dtypes are read) are given.
+
+    mesh: a DeviceMesh with axis names. template: "auto" solves for the least predicted step time; "ddp", "fsdp",
+    "megatron" and "megatron_sp" pin what their names say. constraints: layouts by name pattern, see
+    autoshard.constraints. hardware: a preset's name or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
+    inputs: "global": plain tensors are the whole batch, the same on every rank; "local": each rank of axis `dp` (of the
+    first axis, if there is no `dp`) passes its own part. outputs: "whole" results on every rank, or "dtensor".
+    Returns a module with the model's parameter names, whose parameters are DTensors.
+    Raises an AutoshardError that says what to change.
+    """
+    settings = _settings(getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
+    if not isinstance(mesh, DeviceMesh):
+        raise InputError(f"compile runs on a torch DeviceMesh (init_device_mesh), got {type(mesh).__name__}; autoshard.plan takes texts and dicts")
+    sharded = ShardedModule(model, mesh, settings)
+    if example_inputs is not None or example_kwargs is not None:
+        sharded.prepare(*(example_inputs or ()), **(example_kwargs or {}))
+    return sharded
+
+
+def plan(
+    model: nn.Module,
+    mesh: DeviceMesh | MeshSpec | Mapping[str, int] | str,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    template: Template = "auto",
+    constraints: Mapping[str, str] | None = None,
+    hardware: str | Hardware | None = None,
+    memory_budget_bytes: float | None = None,
+    options: Options | None = None,
+    inputs: Inputs = "global",
+    outputs: Outputs = "whole",
+) -> Plan:
+    """Plan `model(*args, **kwargs)` on a mesh without any process, GPU or weight; keywords as in compile.
+
+    mesh: `"dp=2,tp=4"`, a dict, a MeshSpec or a DeviceMesh. args, kwargs: global inputs; only shapes and dtypes are read.
+    """
+    spec = MeshSpec.of(mesh)
+    device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
+    settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
+    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type))
+
+
+def simulate(plan: Plan, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, seed: int = 0) -> Simulation:
+    """Run all ranks of `plan` in this process and keep every value of every rank.
+
+    args, kwargs: global inputs. `.values[node].values[rank]` is a local tensor, `.whole(node)` the global value,
+    `.backward()` and `.gradient(parameter)` the global gradients.
+    """
+    return simulate_plan(plan, model, tuple(args), dict(kwargs or {}), seed)
+
+
+def verify(
+    model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, tolerance: float | None = None
+) -> Verification:
+    """Compare all simulated ranks of `plan` with `model` on one device: results, every gradient, every buffer.
+
+    Runs in the model's dtype (use model.double() for an exact comparison; tolerance is 1e-9 then, else 1e-4, and 5e-2
+    for half precision). Dropout is switched off on both sides, as no two ways to draw can agree; the result says so.
+    """
+    return compare(plan, model, tuple(args), dict(kwargs or {}), tolerance)

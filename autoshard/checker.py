@@ -1,0 +1,152 @@
+"""The placement checker: re-derives the type of every node of a finished program and refuses one that does not follow.
+
+It reads nothing of how the program was made: an op must have, on every axis, operand and result placements that are a row
+of its rule's strategies; a conversion must be a row of the table, between the layouts beside it, on a dim whose pieces do
+not interleave; what leaves the program must be whole or split. All faults are reported, not the first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from autoshard import runtime
+from autoshard.candidates import base, bound_rule, is_storable, layouts_of, settle, whole_strategy
+from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
+from autoshard.equations import strategies
+from autoshard.errors import PlacementError
+from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
+from autoshard.program import Facts, Program, arguments, call_of, facts, op_of, producer, tensor_operands
+from autoshard.rules import Rule
+
+
+def check(program: Program) -> None:
+    """Raise PlacementError that lists every fault of the program."""
+    faults = [f"{node.name}: {fault}" for node in program.nodes() for fault in _faults(program, node)]
+    if faults:
+        shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
+
+
+def _faults(program: Program, node: fx.Node) -> Iterator[str]:
+    known = facts(node)
+    if known.role == "output":
+        for operand in tensor_operands(node):
+            if any(not (p.is_split or p == (I if facts(operand).needs_grad else R)) for p in facts(operand).layout):
+                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; only whole (I) or split values may"
+        return
+    if len(known.layouts) != len(known.values):
+        yield "has no layout"
+        return
+    for value, layout in zip(known.values, known.layouts, strict=True):
+        if local_shape(value.shape, layout, program.mesh.shape) is None:
+            yield f"shape {value.shape} does not divide as {format_layout(layout, program.mesh)}"
+            return
+        if not value.needs_grad and layout != without_gradient(layout):
+            yield f"{format_layout(layout, program.mesh)} of a value without gradient; I is written R there"
+    check_role = {"op": _op_faults, "conversion": _conversion_faults, "projection": _projection_faults}.get(known.role, _placeholder_faults)
+    yield from check_role(program, node, known)
+
+
+def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    if known.role == "update":
+        if any(facts(operand).layout != without_gradient((I,) * program.mesh.ndim) for operand in tensor_operands(node)):
+            yield "writes a buffer with a value that is not whole on every rank"
+        return
+    if any(placement == P or (placement == R and known.needs_grad) for placement in known.layout):
+        yield f"enters as {format_layout(known.layout, program.mesh)}; parameters and inputs are whole (I) or split"
+    if known.role == "parameter" and not is_storable(known.layout):
+        yield f"{format_layout(known.layout, program.mesh)} cannot be stored as a DTensor"
+
+
+def _projection_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    source, index = producer(node)
+    if node.target is not operator.getitem or known.values != (facts(source).values[index],) or known.layout != facts(source).layouts[index]:
+        yield f"is not output {index} of {source.name}"
+
+
+def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    source, axis_name = node.args[0], node.args[1]
+    row = BY_NAME.get(getattr(node.target, "__name__", ""))
+    if row is None or node.target is not getattr(runtime, row.name):
+        yield f"calls {node.target}, which is not a conversion"
+        return
+    if axis_name not in program.mesh.axes or not isinstance(source, fx.Node):
+        yield f"converts on axis {axis_name!r}, which the mesh does not have"
+        return
+    if known.values != (facts(source).value,):
+        yield f"changes the value of {source.name}"
+    axis, before = program.mesh.axes.index(axis_name), facts(source).layout
+    step = Step(axis, before[axis], known.layout[axis])
+    if replace_axis(before, axis, known.layout[axis]) != known.layout:
+        yield f"changes {format_layout(before, program.mesh)} into {format_layout(known.layout, program.mesh)}, more than axis {axis_name}"
+    elif BY_KINDS.get((step.src.kind, step.dst.kind)) != row or step.src == step.dst:
+        yield f"{row.name} takes {row.src} to {row.dst}, here {step.src} to {step.dst} on {axis_name}"
+    elif not is_step_sound(before, step):
+        yield f"{row.name} on {axis_name} would interleave the pieces of {format_layout(before, program.mesh)}"
+    else:
+        expected = step_arguments(before, step, known.value.shape, program.mesh.shape)
+        if tuple(node.args[2:]) != expected:
+            yield f"{row.name} is called with {node.args[2:]}, its layouts ask {expected}"
+
+
+def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    operands = tensor_operands(node)
+    values = [*(facts(p).values[k] for p, k in map(producer, operands)), *known.values]
+    layouts = [*(facts(operand).layout for operand in operands), *known.layouts]
+    flows = any(value.needs_grad for value in values[: len(operands)])
+    if known.needs_grad and not flows:
+        yield "claims a gradient that no operand has"
+    rule, equation = bound_rule(node)
+    proposals: dict[int, list[tuple[int, ...]]] = {}
+    for layout in layouts:
+        for placement in layout:
+            if placement.segments and placement.segments not in proposals.setdefault(sum(placement.segments), []):
+                proposals[sum(placement.segments)].append(placement.segments)
+    factors: list[str] = []
+    for axis, n in enumerate(program.mesh.shape):
+        call, actual = call_of(node), tuple(layout[axis] for layout in layouts)
+        allowed = (
+            [whole_strategy(call, R), whole_strategy(call, I)] if equation is None else [settle(s, rule) for s in strategies(equation, n, proposals)]
+        )
+        matching = [s for s in allowed if tuple(x[0] for x in layouts_of((s,), values, len(operands))) == actual]
+        if not matching:
+            yield _mismatch(program, node, axis, actual, len(operands))
+            return
+        recorded = known.strategies[axis].factor if axis < len(known.strategies) else ""
+        factors.append(recorded if any(s.factor == recorded for s in matching) else matching[0].factor)
+    if program.is_localized:
+        yield from _local_faults(program, node, known, rule, tuple(factors))
+
+
+def _mismatch(program: Program, node: fx.Node, axis: int, actual: tuple[Placement, ...], inputs: int) -> str:
+    names = [operand.name for operand in tensor_operands(node)]
+    given = ", ".join(f"{name} {placement}" for name, placement in zip(names, actual, strict=False))
+    wanted = ", ".join(map(str, actual[inputs:]))
+    return f"no strategy of {op_of(node)} on axis {program.mesh.axes[axis]} takes ({given}) to ({wanted}); at {facts(node).source}"
+
+
+def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | None, factors: tuple[str, ...]) -> Iterator[str]:
+    """Whether the node is rewritten for local tensors as its strategies ask."""
+    if rule is None:
+        return
+    axes: dict[str, tuple[str, ...]] = {}
+    for axis, factor in zip(program.mesh.axes, factors, strict=True):
+        keyword = rule.lowering.axes.get(base(factor)) if rule.lowering and factor else None
+        if keyword is not None:
+            axes[keyword] = (*axes.get(keyword, ()), axis)
+    given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    if given != axes or (bool(axes) != (known.op is not None)):
+        yield f"is lowered for axes {given}, its layouts ask {axes}"
+    drawn = tuple(a for a, f in zip(program.mesh.axes, factors, strict=True) if f and base(f) not in rule.undrawn)
+    if known.random_axes != (drawn if rule.is_random(call_of(node)) else None):
+        yield f"draws random numbers on axes {known.random_axes}, its layouts ask {drawn}"
+    if rule.shape is not None:
+        local: Layout | tuple = local_shape(known.value.shape, known.layout, program.mesh.shape) or ()
+        start = arguments(node)["dim"] % len(local) if rule.shape == "sizes" else 0
+        wrong = [(g, n) for g, n in zip(arguments(node)[rule.shape], local[start:], strict=False) if g not in (-1, n)]
+        if wrong:
+            yield f"asks for shape {arguments(node)[rule.shape]}, the local one is {list(local)}"
+

@@ -1,0 +1,478 @@
+"""The compiled model: an nn.Module whose parameters are DTensors and whose forward runs the emitted program.
+
+One program is made per mode, input shapes and set of trainable parameters, at the first call that needs it. The first one
+decides where parameters rest; later ones are planned with those layouts given.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import linecache
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+
+from autoshard import runtime
+from autoshard.constraints import Template
+from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
+from autoshard.hardware import Hardware, hardware_of
+from autoshard.mesh import MeshSpec
+from autoshard.placements import I, Layout, R, S, shard
+from autoshard.plan import Plan
+from autoshard.planner import Request, make_plan
+from autoshard.program import facts
+from autoshard.torch_internals import _StridedShard, pytree
+
+Inputs = Literal["global", "local"]
+Outputs = Literal["whole", "dtensor"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What autoshard.compile was asked."""
+
+    hardware: Hardware
+    template: Template = "auto"
+    constraints: Mapping[str, str] = field(default_factory=dict)
+    memory_budget_bytes: float | None = None
+    inputs: Inputs = "global"
+    outputs: Outputs = "whole"
+    seed: int | None = None
+    dump_dir: str | None = None
+
+
+def torch_placements(layout: Layout) -> list[TorchPlacement]:
+    """The DTensor placements of a storable layout."""
+    return [
+        _StridedShard(p.dim, split_factor=len(p.segments)) if p.segments else Shard(p.dim) if p.is_split else Replicate() for p in layout
+    ]
+
+
+def layout_of(tensor: DTensor, needs_grad: bool) -> Layout:
+    """The layout of a DTensor that the caller passes. Raises InputError for placements that cannot enter a program."""
+    found = []
+    for placement in tensor.placements:
+        if type(placement) is Shard:
+            found.append(S(placement.dim))
+        elif isinstance(placement, Replicate):
+            found.append(I if needs_grad else R)
+        else:
+            raise InputError(f"a DTensor argument with placement {placement} cannot enter the program; redistribute it to Shard or Replicate")
+    return tuple(found)
+
+
+class ShardedModule(nn.Module):
+    """What autoshard.compile returns. Parameters and buffers carry the model's own names; `plan` is the latest plan."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, settings: Settings) -> None:
+        super().__init__()
+        spec = MeshSpec.of(mesh)
+        _check_mesh(mesh, spec)
+        object.__setattr__(self, "_state", _State(model, mesh, spec, settings))
+        state = self._state
+        tensors: dict[int, Any] = {}
+        for name, original in model.named_parameters(remove_duplicate=False):
+            if id(original) not in tensors:
+                local = original.detach() if original.device.type == "meta" else original.detach().to(state.device)
+                replicated = DTensor.from_local(local, mesh, [Replicate()] * spec.ndim, run_check=False)
+                tensors[id(original)] = nn.Parameter(replicated, requires_grad=original.requires_grad)
+            _place(self, name).register_parameter(name.rpartition(".")[2], tensors[id(original)])
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                if id(buffer) not in tensors:
+                    tensors[id(buffer)] = buffer.detach().clone() if buffer.device.type == "meta" else buffer.detach().to(state.device, copy=True)
+                owner = _place(self, f"{path}.{name}" if path else name)
+                owner.register_buffer(name, tensors[id(buffer)], persistent=name not in module._non_persistent_buffers_set)
+        super().train(model.training)
+
+    _state: _State
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_state" not in self.__dict__:
+                raise
+            return getattr(self._state.source, name)  # the model's own attributes, e.g. config
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the latest call. Raises PlanError before there is one."""
+        if self._state.plan is None:
+            raise PlanError("there is no plan before the first call; pass example_inputs to autoshard.compile to plan at once")
+        return self._state.plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, ready = self._ready(args, kwargs)
+        if not ready.is_checked:
+            self._check_inputs(leaves)
+            ready.is_checked = True
+        self._state.plan = ready.plan
+        self._state.step += self.training
+        return ready(leaves, self._state.mesh)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Plan:
+        """Plan for arguments like these, without running; parameters move to where the plan wants them."""
+        _, ready = self._ready(args, kwargs)
+        self._state.plan = ready.plan
+        return ready.plan
+
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], _Ready]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        state = self._state
+        key = (str(spec), tuple(_leaf_key(leaf) for leaf in leaves), state.modes, tuple(p.requires_grad for p in self.parameters()))
+        if key not in state.ready:
+            state.ready[key] = self._prepare(args, kwargs, leaves)
+        return leaves, state.ready[key]
+
+    def train(self, mode: bool = True) -> ShardedModule:
+        super().train(mode)
+        self._state.source.train(mode)
+        self._state.refresh_modes()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardedModule:
+        super().requires_grad_(requires_grad)
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
+        own = self.state_dict()
+        wrong = [f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}" for k, v in state_dict.items() if k in own and v.shape != own[k].shape]
+        if wrong:
+            raise PlanError("cannot load this state dict, nothing was changed: " + "; ".join(wrong[:5]))
+        with torch.no_grad():
+            given = {name: self._distributed(name, value) for name, value in state_dict.items()}
+            result = super().load_state_dict(given, strict=strict, assign=assign)
+        self._state.forget_constants()
+        return result
+
+    def materialize(self, value_of: Callable[[str], torch.Tensor] | Mapping[str, torch.Tensor], device: torch.device | str | None = None) -> ShardedModule:
+        """Give memory to a model that was compiled on the meta device.
+
+        value_of: the global value of a parameter or buffer by name, asked for one at a time; every rank keeps its part
+        and drops the rest, so that no rank ever holds the whole model.
+        """
+        get = value_of.__getitem__ if isinstance(value_of, Mapping) else value_of
+        place = torch.device(device) if device is not None else self._state.device
+        done: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+                if id(tensor) in done:
+                    continue
+                done.add(id(tensor))
+                whole = get(name).to(tensor.dtype)
+                if whole.shape != tensor.shape:
+                    raise PlanError(f"{name} is {tuple(tensor.shape)}, the value given for it {tuple(whole.shape)}")
+                if isinstance(tensor, DTensor):
+                    local = self._piece(name, whole).to(place)
+                    torch.utils.swap_tensors(tensor, self._wrapped(local, tensor))
+                else:
+                    torch.utils.swap_tensors(tensor, whole.to(place, copy=True))
+        self._state.forget_constants()
+        return self
+
+    def adopt(self, plan: Plan) -> None:
+        """Put parameters where `plan` wants them and keep its program for calls that it fits."""
+        self._shard_parameters(plan)
+        self._state.plan = plan
+        self._state.adopted.append(plan)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> ShardedModule:
+        result = super()._apply(fn, recurse)
+        self._state.forget_constants()
+        return result
+
+    def _layout(self, name: str) -> Layout:
+        layouts = self._state.layouts or {}
+        return layouts.get(self._state.aliases.get(name, name), (I,) * self._state.spec.ndim)
+
+    def _piece(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return shard(whole, self._layout(name), self._state.spec, self._state.coordinate).contiguous().clone()
+
+    def _wrapped(self, local: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+        assert isinstance(like, DTensor)
+        new = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+        return nn.Parameter(new, requires_grad=like.requires_grad)
+
+    def _distributed(self, name: str, value: Any) -> Any:
+        target = dict(self.named_parameters(remove_duplicate=False)).get(name)
+        if not isinstance(target, DTensor) or isinstance(value, DTensor) or not isinstance(value, torch.Tensor):
+            return value
+        return self._wrapped(self._piece(name, value.detach()).to(self._state.device, target.dtype), target)
+
+    def _shard_parameters(self, plan: Plan) -> None:
+        """Swap replicated parameters for the planned shards, keeping the Parameter objects that optimizers hold."""
+        state = self._state
+        if state.layouts is not None:
+            return
+        state.layouts, state.aliases = plan.parameter_layouts, plan.program.aliases
+        mesh = state.mesh
+        for name, parameter in self.named_parameters():
+            layout = self._layout(name)
+            if all(p.is_whole for p in layout):
+                continue
+            local = self._piece(name, parameter.to_local().detach())
+            new = DTensor.from_local(local, mesh, torch_placements(layout), run_check=False, shape=parameter.shape, stride=parameter.stride())
+            torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
+
+    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> _Ready:
+        """Plan, agree with the other ranks that all run the same program, and load it."""
+        state, plan = self._state, None
+        failure: AutoshardError | None = None
+        try:
+            for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
+                original.requires_grad_(parameter.requires_grad)
+            plan = next((p for p in state.adopted if _fits(p, args, kwargs, leaves, self.training)), None) or self._plan(args, kwargs, leaves)
+        except AutoshardError as error:
+            failure = error
+        shapes = str([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        self._agree(
+            {
+                "mode": "training" if self.training else "evaluation",
+                "versions": f"torch {torch.__version__}",
+                "shapes of arguments": shapes,
+                "program": plan.fingerprint if plan else "",
+            },
+            failure,
+        )
+        assert plan is not None
+        self._shard_parameters(plan)
+        return _Ready(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), state)
+
+    def _plan(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Plan:
+        state = self._state
+        layouts = [self._entry(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        examples = [self._global_example(leaf) for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(examples, pytree.tree_structure((args, kwargs)))
+        request = Request(
+            state.source,
+            args,
+            kwargs,
+            state.spec,
+            state.settings,
+            device=state.device.type,
+            entry_layouts=tuple(layouts),
+            fixed_parameters=state.layouts or {},
+        )
+        return make_plan(request)
+
+    def _batch_axes(self) -> tuple[int, ...]:
+        """Axes that hold different parts of the batch when inputs are local: `dp` if there is one, else the first."""
+        axes = self._state.spec.axes
+        return (axes.index("dp"),) if "dp" in axes else (0,)
+
+    def _entry(self, leaf: torch.Tensor) -> Layout:
+        ndim = self._state.spec.ndim
+        if isinstance(leaf, DTensor):
+            return layout_of(leaf, leaf.requires_grad)
+        whole = I if leaf.requires_grad else R
+        if self._state.settings.inputs == "local" and leaf.dim():
+            return tuple(S(0) if axis in self._batch_axes() else whole for axis in range(ndim))
+        return (whole,) * ndim
+
+    def _global_example(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        shape = list(leaf.shape)
+        if not isinstance(leaf, DTensor) and self._state.settings.inputs == "local" and leaf.dim():
+            for axis in self._batch_axes():
+                shape[0] *= self._state.spec.shape[axis]
+        return torch.empty(shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
+
+    def _check_inputs(self, leaves: list[Any]) -> None:
+        """At the first step of a program: arguments lie where they should, and plain ones are equal on all ranks."""
+        failure: AutoshardError | None = None
+        for leaf in leaves:
+            if isinstance(leaf, DTensor) and MeshSpec.of(leaf.device_mesh) != self._state.spec:
+                failure = InputError(f"a DTensor argument lies on mesh {MeshSpec.of(leaf.device_mesh)}, the model on {self._state.spec}")
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != self._state.device.type:
+                failure = InputError(f"an argument is on {leaf.device}, the model on {self._state.device}; move it there first")
+        plain = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor)]
+        is_global = self._state.settings.inputs == "global"
+        self._agree({"values of arguments": str([_content(leaf) for leaf in plain]) if is_global and failure is None else ""}, failure)
+
+    def _agree(self, mine: Mapping[str, str], failure: AutoshardError | None) -> None:
+        """Compare `mine` across ranks; raise on every rank where they differ or where any rank failed."""
+        everyone = self._state.exchange({**mine, "error": str(failure or ""), "seed": torch.initial_seed()})
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {other['error']}" for rank, other in enumerate(everyone) if other["error"]]
+        if failed:
+            raise PlanError("stopped, because other ranks failed: " + "; ".join(failed))
+        for what in mine:
+            groups: dict[str, list[int]] = {}
+            for rank, other in enumerate(everyone):
+                groups.setdefault(other.get(what, "nothing (they run another program)"), []).append(rank)
+            if len(groups) > 1:
+                raise InputError(_disagreement(what, groups))
+        if self._state.base_seed is None:
+            self._state.base_seed = everyone[0]["seed"]
+
+    def _axes(self) -> tuple[runtime.Axis, ...]:
+        state = self._state
+        axes = zip(state.spec.axes, state.spec.shape, state.coordinate, strict=True)
+        return tuple(runtime.Axis(name, size, rank, state.mesh.get_group(name).group_name) for name, size, rank in axes)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        owner = self.get_submodule(name.rpartition(".")[0])
+        found = owner._parameters.get(name.rpartition(".")[2])
+        if found is None:
+            found = owner._buffers.get(name.rpartition(".")[2])
+        return found.to_local() if isinstance(found, DTensor) else found  # type: ignore[return-value]
+
+
+@dataclass
+class _State:
+    """What a ShardedModule keeps that is not a tensor of the model (and not part of its modules)."""
+
+    source: nn.Module
+    mesh: DeviceMesh
+    spec: MeshSpec
+    settings: Settings
+    ready: dict[Any, _Ready] = field(default_factory=dict)
+    adopted: list[Plan] = field(default_factory=list)
+    plan: Plan | None = None
+    layouts: dict[str, Layout] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    base_seed: int | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.source = _without_memory(self.source)
+        kind = self.mesh.device_type
+        self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+        self.coordinate = tuple(self.mesh.get_coordinate() or ())
+        self.refresh_modes()
+
+    def refresh_modes(self) -> None:
+        self.modes = tuple(module.training for module in self.source.modules())
+
+    def next_seed(self) -> int:
+        return runtime.mix(self.base_seed or 0, self.step)
+
+    def forget_constants(self) -> None:
+        for ready in self.ready.values():
+            ready.program.forget_constants()
+
+    def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's `mine`, in rank order of the mesh."""
+        everyone: list[Any] = [mine]
+        for axis in reversed(self.spec.axes):
+            gathered: list[Any] = [None] * self.spec.shape[self.spec.index(axis)]
+            dist.all_gather_object(gathered, everyone, group=self.mesh.get_group(axis))
+            everyone = [item for part in gathered for item in part]
+        return everyone
+
+
+class _Ready:
+    """A plan with its program loaded on this rank."""
+
+    def __init__(self, plan: Plan, program: Any, state: _State) -> None:
+        self.plan, self.program = plan, program
+        self.results = [(facts(node), facts(node).value.shape) for node in plan.program.output.args[0]]  # type: ignore[union-attr]
+        self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
+        self.as_dtensors = plan.outputs == "dtensor"
+        self.is_checked = False
+
+    def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
+        given = [leaves[k] for k in self.takes]
+        results = self.program.forward(*(x.to_local() if isinstance(x, DTensor) else x for x in given))
+        if self.as_dtensors:
+            results = [
+                DTensor.from_local(x, mesh, torch_placements(known.layout), run_check=False, shape=torch.Size(shape), stride=_strides(shape)) if shape else x
+                for x, (known, shape) in zip(results, self.results, strict=True)
+            ]
+        return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
+
+
+def _strides(shape: Iterable[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def load_program(plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]) -> Any:
+    """Execute the emitted text in memory: the text that `plan.emit` writes."""
+    sys.modules.setdefault("autoshard_runtime", runtime)
+    filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
+    text = plan.program.source
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": "autoshard_program"}
+    exec(compile(text, filename, "exec"), namespace)
+    constants = {name: value.to(device) for name, value in plan.program.constants.items()}
+    return namespace["Rank"](axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
+
+
+def _place(root: nn.Module, name: str) -> nn.Module:
+    """The submodule that owns `name`, made where it does not exist."""
+    owner = root
+    for part in name.split(".")[:-1]:
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner._modules[part]  # type: ignore[assignment]
+    return owner
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A deep copy on the meta device, for tracing; the original is left alone."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
+def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
+    if not dist.is_initialized():
+        raise MeshError("torch.distributed is not initialised; call torch.distributed.init_process_group first, or use autoshard.plan to only plan")
+    if mesh.get_coordinate() is None:
+        raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
+    if spec.size > dist.get_world_size():
+        raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, DTensor):
+        return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad, str(leaf.placements))
+    return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else ("value", repr(leaf))
+
+
+def _fits(plan: Plan, args: tuple, kwargs: dict, leaves: list[Any], is_training: bool) -> bool:
+    """Whether a plan that was made elsewhere is for this mode, structure and these shapes."""
+    program = plan.program
+    if program.is_training != is_training or str(program.in_spec) != str(pytree.tree_structure((args, kwargs))):
+        return False
+    inputs = {facts(node).name: facts(node).value for node in program.nodes("input")}
+    named = zip(program.flat_inputs, leaves, strict=True)
+    return all(
+        isinstance(leaf, torch.Tensor) and tuple(leaf.shape) == inputs[name].shape and leaf.dtype == inputs[name].dtype for name, leaf in named if name
+    )
+
+
+def _content(leaf: torch.Tensor) -> str:
+    raw = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _disagreement(what: str, groups: Mapping[str, list[int]]) -> str:
+    shown = "; ".join(f"ranks {', '.join(map(str, ranks))} have {value}" for value, ranks in groups.items())
+    advice = {
+        "values of arguments": "Plain tensors are the global batch, the same on every rank: seed the data loader alike, or pass inputs='local' "
+        "when each rank loads its own part of the batch.",
+        "shapes of arguments": "Plain tensors are the global batch, the same on every rank.",
+        "mode": "Call train() or eval() on every rank.",
+        "versions": "Install one version everywhere.",
+        "program": "The model or its configuration differs between ranks.",
+    }[what]
+    return f"ranks disagree on the {what}, stopped before the first step: {shown}. {advice}"
+

@@ -1,0 +1,177 @@
+"""A plan: every decision about one model on one mesh, for one mode and one set of input shapes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from autoshard import plan_file
+from autoshard.checker import check
+from autoshard.costs import CostModel, traffic
+from autoshard.equation_builders import TensorInfo
+from autoshard.errors import PlanError
+from autoshard.hardware import Hardware
+from autoshard.mesh import MeshSpec
+from autoshard.placements import Layout, format_layout
+from autoshard.program import Program, facts
+from autoshard.text import human_bytes, human_seconds, short_dtype
+
+if TYPE_CHECKING:
+    import graphviz
+
+    from autoshard.module import ShardedModule
+
+_HERE = Path(__file__).parent
+
+
+@dataclass
+class Plan:
+    """What `autoshard.plan` returns; `stats`, `source`, `table`, `graph` are for reading, `apply` for running.
+
+    model_name: class of the model. inputs, outputs: how plain tensors are given and results come back
+    (see autoshard.compile). template, constraints: what was asked.
+    """
+
+    program: Program
+    hardware: Hardware
+    model_name: str = "model"
+    inputs: str = "global"
+    outputs: str = "whole"
+    template: str = "auto"
+    constraints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mesh(self) -> MeshSpec:
+        return self.program.mesh
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user must know: fallbacks, losses, gaps; one sentence each."""
+        return self.program.notes
+
+    @property
+    def parameter_layouts(self) -> dict[str, Layout]:
+        """Where each parameter rests, by the name that the program reads."""
+        return {name: facts(node).layout for name, node in self.program.parameters().items()}
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Seconds per phase (`trace_s`, `solve_s`, `emit_s`, ...), `nodes`, `objective_s`, `bound_s`, and what a step moves.
+
+        wire_bytes_per_step: bytes that a rank sends in the conversions of one forward and backward pass, by collective.
+        """
+        moved = traffic(self.program, CostModel(self.mesh, self.hardware))
+        return {**self.program.stats, "nodes": len(self.program.graph.nodes), "wire_bytes_per_step": moved}
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the emitted program and its inputs; equal on ranks that will run the same thing."""
+        return plan_file.digest([self.program.source, str(self.mesh), str(self.program.in_spec), self.program.flat_inputs])
+
+    # ------------------------------------------------------------------------------------------------------ to read
+
+    def source(self, rank: int = 0) -> str:
+        """The program text of `rank` (all ranks share one program until there are pipeline stages)."""
+        if not 0 <= rank < self.mesh.size:
+            raise PlanError(f"rank {rank} is not on mesh {self.mesh}, which has ranks 0 to {self.mesh.size - 1}")
+        return self.program.source
+
+    def graph(self, level: str = "modules") -> graphviz.Digraph:
+        """The partitioned graph as a graphviz.Digraph; `level` is "modules" or "ops"."""
+        from autoshard.pictures import draw
+
+        return draw(self.program, level, CostModel(self.mesh, self.hardware))  # type: ignore[arg-type]
+
+    def table(self) -> Table:
+        """Parameters with shapes and layouts, equal layers in one row, and what a step communicates."""
+        cost = CostModel(self.mesh, self.hardware)
+        title = f"{self.model_name} on {self.mesh} ({self.hardware.name}), predicted step {human_seconds(self.program.stats.get('objective_s', 0.0))}"
+        table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left")
+        for name in ("parameter", "count", "shape", "layout", "bytes per rank"):
+            table.add_column(name, justify="right" if name in ("count", "bytes per rank") else "left", overflow="fold")
+        rows: dict[tuple, list[TensorInfo]] = {}
+        for name, node in self.program.parameters().items():
+            layout, value = facts(node).layout, facts(node).value
+            rows.setdefault((re.sub(r"\b\d+\b", "*", name), value.shape, layout), []).append(value)
+        for (name, shape, layout), values in rows.items():
+            held = sum(cost.local_bytes(value, layout) for value in values)
+            table.add_row(name, str(len(values)), f"{short_dtype(values[0].dtype)}{list(shape)}", format_layout(layout, self.mesh), human_bytes(held))
+        table.add_section()
+        for collective, count in self.stats["wire_bytes_per_step"].items():
+            table.add_row(f"{collective}, sent per step", "", "", "", human_bytes(count))
+        return table
+
+    def __repr__(self) -> str:
+        return f"Plan({self.model_name} on {self.mesh}, {self.template}, {len(self.program.graph.nodes)} nodes)"
+
+    # -------------------------------------------------------------------------------------------------- to keep and run
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        extra = {name: getattr(self, name) for name in ("model_name", "inputs", "outputs", "template")}
+        Path(path).write_text(plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": vars(self.hardware)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan. Nothing that the file says is executed. Raises PlanError for a file that is no sound plan."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        program, body = plan_file.loads(text)
+        check(program)
+        from autoshard.passes import EmitPrograms
+
+        try:
+            hardware = Hardware(**body["hardware"])
+            plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"the plan {path} lacks a field: {error}") from error
+        EmitPrograms(plan.model_name)(program)
+        return plan
+
+    def emit(self, folder: str | Path) -> Path:
+        """Write a folder that `torchrun --nproc-per-node N folder/run.py` runs: program, runtime, launcher, plan.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "program.py").write_text(self.program.source)
+        shutil.copyfile(_HERE / "runtime.py", folder / "autoshard_runtime.py")
+        shutil.copyfile(_HERE / "launcher.py", folder / "run.py")
+        self.save(folder / "plan.json")
+        return folder
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise PlanError unless `model` has the parameters and buffers that this plan was made for."""
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        planned = {facts(n).name: facts(n) for n in self.program.nodes("parameter", "buffer") if facts(n).name not in self.program.constants}
+        wrong = [f"{name} {list(known.value.shape)} is missing" for name, known in planned.items() if name not in own]
+        for name, known in planned.items():
+            if name in own and (tuple(own[name].shape), own[name].dtype) != (known.value.shape, known.value.dtype):
+                has = f"{short_dtype(own[name].dtype)}{list(own[name].shape)}"
+                wrong.append(f"{name} is {has} in the model, {short_dtype(known.value.dtype)}{list(known.value.shape)} in the plan")
+        extra = [n for n, p in model.named_parameters() if n not in planned and self.program.aliases.get(n, n) not in planned]
+        wrong += [f"{name} is not in the plan" for name in extra]
+        if wrong:
+            raise PlanError(f"this plan was made for another {self.model_name}: " + "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else ""))
+
+    def apply(self, model: nn.Module, mesh: DeviceMesh) -> ShardedModule:
+        """Shard `model` over the processes of `mesh` as planned. Raises PlanError for another model or mesh."""
+        from autoshard.module import Settings, ShardedModule
+
+        given = MeshSpec.of(mesh)
+        if given != self.mesh:
+            raise PlanError(f"this plan is for mesh {self.mesh}, not {given}; plan again for that mesh")
+        self.check_model(model)
+        settings = Settings(hardware=self.hardware, inputs=self.inputs, outputs=self.outputs, constraints=dict(self.constraints), template=self.template)
+        sharded = ShardedModule(model, mesh, settings)
+        sharded.adopt(self)
+        return sharded
+

@@ -1,0 +1,61 @@
+"""Programs as text for people: short dtypes, local shapes, sizes, and a listing of any intermediate graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from autoshard.placements import format_layout, local_shape
+from autoshard.program import Facts, Program, facts
+
+_SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+}  # fmt: skip
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def describe_value(known: Facts, program: Program, index: int = 0) -> str:
+    """`f32[4, 512]  S(0)@dp I@tp`: local shape and layout; the global shape while there is no layout."""
+    value = known.values[index]
+    if not known.layouts:
+        return f"{short_dtype(value.dtype)}{list(value.shape)}"
+    layout = known.layouts[index]
+    shape = local_shape(value.shape, layout, program.mesh.shape)
+    return f"{short_dtype(value.dtype)}{list(shape or ())}  {format_layout(layout, program.mesh)}"
+
+
+def listing(program: Program) -> str:
+    """Every node of a program with its facts, one per line: what a dump between passes shows."""
+    lines = [f"# mesh {program.mesh}; passes: {', '.join(program.passes) or 'none'}"]
+    for node in program.graph.nodes:
+        known = facts(node)
+        values = "; ".join(describe_value(known, program, k) for k in range(len(known.values)))
+        flags = "".join(letter for letter, is_set in (("g", known.needs_grad), ("c", known.is_constant)) if is_set)
+        lines.append(f"{known.role:<10} {flags:<2} {_line(node):<100} # {values}   {known.source}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _line(node: fx.Node) -> str:
+    arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+    return f"{node.name} = {node.target}({arguments})"
+
+
+def human_bytes(count: float) -> str:
+    """`12.6 MB`; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`1.23 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

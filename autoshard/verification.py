@@ -1,0 +1,131 @@
+"""Plans against the single device: all ranks simulated in this process, values and gradients compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from autoshard.errors import InputError
+from autoshard.mesh import MeshSpec
+from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
+from autoshard.plan import Plan
+from autoshard.program import Program, call_of, facts, op_name
+from autoshard.rules import rule_of
+from autoshard.simulator import Ranks, Simulation, run_program, without_randomness
+from autoshard.torch_internals import pytree
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Largest differences between a plan and the single device, relative to the largest value of each tensor."""
+
+    outputs: float
+    gradients: Mapping[str, float]
+    buffers: Mapping[str, float]
+    tolerance: float
+    is_random_off: bool
+
+    @property
+    def is_equal(self) -> bool:
+        return max([self.outputs, *self.gradients.values(), *self.buffers.values()]) <= self.tolerance
+
+    def __str__(self) -> str:
+        worst = max(self.gradients, key=self.gradients.__getitem__, default="")
+        random = "; random ops switched off on both sides" if self.is_random_off else ""
+        gradient = f"gradients {self.gradients[worst]:.1e} ({worst})" if worst else "no gradients"
+        return f"{'equal' if self.is_equal else 'DIFFERENT'}: outputs {self.outputs:.1e}, {gradient}, tolerance {self.tolerance:.0e}{random}"
+
+
+def simulate_plan(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], seed: int = 0, is_random: bool = True) -> Simulation:
+    """Run all ranks of `plan` on the tensors of `model` and global arguments."""
+    plan.check_model(model)
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    names = plan.program.flat_inputs
+    if len(leaves) != len(names):
+        raise InputError(f"the plan was made for {len(names)} arguments, got {len(leaves)}")
+    inputs = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
+    for node in plan.program.nodes("input"):
+        given = tuple(inputs[facts(node).name].shape)
+        if given != facts(node).value.shape:
+            raise InputError(f"{facts(node).name} has shape {given}, the plan was made for {facts(node).value.shape}")
+    return run_program(plan.program, _tensors(model, plan.program), inputs, seed, is_random)
+
+
+def _tensors(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {**dict(named), **program.constants}
+
+
+def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], tolerance: float | None = None) -> Verification:
+    """See autoshard.verify."""
+    is_random_off = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
+    reference = copy.deepcopy(model)
+    reference.train(plan.program.is_training)
+    expected = _without_random(reference, args, kwargs) if is_random_off else _tensor_leaves(reference(*args, **kwargs))
+    simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
+    actual = [output for output in simulation.outputs if isinstance(output, Ranks)]
+    nodes = [node for node in plan.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    outputs = max((_difference(e, simulation.whole(n.name)) for e, n in zip(expected, nodes, strict=True)), default=0.0)
+    cotangents = [torch.randn_like(e) if e.requires_grad else None for e in expected]
+    gradients: dict[str, float] = {}
+    if any(c is not None for c in cotangents):
+        torch.autograd.backward([e for e in expected if e.requires_grad], [c for c in cotangents if c is not None])
+        simulation.backward(cotangents)
+        for name, parameter in reference.named_parameters():
+            if parameter.grad is not None:
+                found = simulation.gradient(name)
+                gradients[name] = float("inf") if found is None else _difference(parameter.grad, found)
+    buffers = {n: _difference(b, simulation.buffer(n)) for n, b in reference.named_buffers() if n in simulation.leaves and b.numel()}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    assert len(actual) == len(expected)
+    return Verification(outputs, gradients, buffers, _TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance, is_random_off)
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value (to 1, where that is smaller)."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual) else float("inf")
+    error = float((expected.detach() - actual.detach()).abs().max() / expected.detach().abs().max().clamp(min=1.0))
+    return error if error == error else float("inf")
+
+
+def _tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _without_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The model's traced graph on one device with random ops switched off, after the graph itself was checked with them on."""
+    program = Program(fx.Graph(), MeshSpec(("one",), (1,)))
+    for a_pass in (TraceModel(model, args, kwargs), NormalizeGraph(), FoldConstants()):
+        program = a_pass(program)
+    inputs = {n: x for n, x in zip(program.flat_inputs, pytree.tree_leaves((args, dict(kwargs))), strict=True) if n is not None}
+    return [leaf for leaf in run_single(program, _tensors(model, program), inputs) if isinstance(leaf, torch.Tensor)]
+
+
+def run_single(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> list[Any]:
+    """Run a normalised, unsharded graph on one device with random ops switched off."""
+    env: dict[fx.Node, Any] = {}
+    for node in program.graph.nodes:
+        known = facts(node)
+        if node.op == "placeholder":
+            env[node] = inputs[known.name] if known.role == "input" else tensors[known.name]
+        elif node.op == "output":
+            return list(fx.map_arg(node.args[0], lambda n: env[n]))
+        else:
+            rule = rule_of(op_name(node)) if known.role == "op" else None
+            args, kwargs = (node.args, dict(node.kwargs))
+            if rule is not None and rule.is_random(call_of(node)):
+                args, kwargs = without_randomness(node)
+            env[node] = node.target(*fx.map_arg(args, lambda n: env[n]), **fx.map_arg(kwargs, lambda n: env[n]))
+    return []

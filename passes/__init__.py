@@ -1,0 +1,13 @@
+"""The compiler: passes in order. Each is a frozen dataclass, valid program in, valid program out, one per file."""
+
+from autoshard.passes.annotate_shardings import AnnotateShardings
+from autoshard.passes.emit_programs import EmitPrograms
+from autoshard.passes.fold_constants import FoldConstants
+from autoshard.passes.insert_collectives import InsertCollectives
+from autoshard.passes.localize_shapes import LocalizeShapes
+from autoshard.passes.normalize_graph import NormalizeGraph
+from autoshard.passes.trace_model import TraceModel
+
+PASSES = (TraceModel, NormalizeGraph, FoldConstants, AnnotateShardings, InsertCollectives, LocalizeShapes, EmitPrograms)
+
+__all__ = ["PASSES", *(cls.__name__ for cls in PASSES)]

@@ -1,0 +1,183 @@
+"""emit_programs: write the program as one readable Python module.
+
+The text reads as the model's forward in order: a comment per module and per source line, the model's parameter names, and
+at the end of each line the local shape and layout. It imports torch and autoshard_runtime alone, and the text that is
+written to a directory is the text that runs in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoshard import runtime
+from autoshard.conversions import BY_NAME
+from autoshard.placements import format_layout
+from autoshard.program import Facts, Program, facts
+from autoshard.text import describe_value, short_dtype
+
+_OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
+_COMMENT_COLUMN = 104
+_NAME = re.compile(r"autoshard_runtime|\w+")
+
+
+@dataclass(frozen=True)
+class EmitPrograms:
+    """Write `program.source`. name: what the program is called in its header."""
+
+    name: str = "model"
+
+    def __call__(self, program: Program) -> Program:
+        body = [*_constants(program), *_forward(program)]
+        used = {word for line in body for word in _NAME.findall(line.partition("  # ")[0])}
+        imported = sorted(name for name in (*BY_NAME, "embedding", "cross_entropy", "batch_norm", "mean") if name in used)
+        names = ", ".join(["Program", *imported])
+        program.source = "\n".join([*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""])
+        return program
+
+
+def _header(program: Program, name: str) -> list[str]:
+    mode = "training" if program.is_training else "evaluation"
+    return [f'"""{name} on mesh {program.mesh}, {mode}: the program of every rank. Written by autoshard.', "", f"Passes: {', '.join(program.passes)}.", '"""', ""]
+
+
+def _tables(program: Program) -> list[str]:
+    def table(title: str, *roles: Any) -> list[str]:
+        rows = [
+            f'        "{facts(n).name}": ({list(facts(n).value.shape)}, "{short_dtype(facts(n).value.dtype)}", "{format_layout(facts(n).layout, program.mesh)}"),'
+            for n in program.nodes(*roles)
+        ]
+        return [f"    {title} = {{", *rows, "    }"] if rows else [f"    {title} = {{}}"]
+
+    axes = ", ".join(f'"{axis}": {size}' for axis, size in zip(program.mesh.axes, program.mesh.shape, strict=True))
+    return [
+        "aten = torch.ops.aten",
+        "",
+        "",
+        "class Rank(Program):",
+        f"    MESH = {{{axes}}}",
+        *table("PARAMETERS", "parameter"),
+        *table("BUFFERS", "buffer"),
+        *table("INPUTS", "input"),
+        "",
+    ]
+
+
+def _constants(program: Program) -> list[str]:
+    """A method that computes, once, the constants that the forward pass reads."""
+    frontier = [node for node in program.nodes() if _is_frontier(node)]
+    if not frontier:
+        return []
+    lines = ["    def constants(self):"]
+    axes = ", ".join(program.mesh.axes)
+    needed = [node for node in program.nodes() if facts(node).is_constant]
+    if any(facts(node).role == "conversion" for node in needed):
+        lines.append(f"        {axes}{',' if program.mesh.ndim == 1 else ''} = self.axes")
+    lines += [line for node in needed for line in _statement(program, node)]
+    names = ", ".join(f'"{node.name}": {node.name}' for node in frontier)
+    return [*lines, f"        return {{{names}}}", ""]
+
+
+def _is_frontier(node: fx.Node) -> bool:
+    return facts(node).is_constant and node.op != "placeholder" and any(not facts(user).is_constant for user in node.users)
+
+
+def _forward(program: Program) -> list[str]:
+    inputs = [node.name for node in program.nodes("input")]
+    axes = ", ".join(program.mesh.axes) + ("," if program.mesh.ndim == 1 else "")
+    lines = [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
+    lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_frontier(node)]
+    last_use = _last_uses(program)
+    module, place = None, None
+    dying: list[str] = []
+    for node in program.nodes():
+        known = facts(node)
+        if known.is_constant and node.op != "placeholder" or known.role in ("parameter", "input", "output"):
+            continue
+        if known.role == "buffer" and all(facts(user).is_constant for user in node.users):
+            continue
+        if known.role in ("op", "conversion", "projection", "update"):
+            if known.role != "conversion" and known.source.module != module:
+                lines += [*_delete(dying), f"        # ---- {known.source.module or 'the model itself'} ({known.source.module_class})"]
+                dying, module = [], known.source.module
+            if known.role != "conversion" and (known.source.file, known.source.line) != place and known.source.text:
+                place = (known.source.file, known.source.line)
+                lines.append(f"        # {place[0].rsplit('/', 1)[-1]}:{place[1]}  {known.source.text}")
+        for operand in dict.fromkeys(node.all_input_nodes):
+            if facts(operand).role == "parameter" and next(iter(_readers(operand))) is node:
+                lines += _statement(program, operand)
+        lines += _statement(program, node)
+        dying += [operand.name for operand in dict.fromkeys(node.all_input_nodes) if last_use.get(operand) is node and operand.op != "placeholder"]
+    return [*lines, f"        return {_value(program.output.args[0])}"]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    order = {user: k for k, user in enumerate(node.graph.nodes)}
+    return sorted(node.users, key=order.__getitem__)
+
+
+def _last_uses(program: Program) -> dict[fx.Node, fx.Node]:
+    found: dict[fx.Node, fx.Node] = {}
+    for node in program.nodes():
+        for operand in node.all_input_nodes:
+            found[operand] = node
+    return found
+
+
+def _delete(names: list[str]) -> list[str]:
+    return [f"        del {', '.join(dict.fromkeys(names))}"] if names else []
+
+
+def _statement(program: Program, node: fx.Node) -> Iterator[str]:
+    known = facts(node)
+    text = f"        {node.name} = {_expression(node, known)}"
+    if known.role == "update":
+        text = f"        {_expression(node, known)}"
+    comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
+    if known.role == "conversion":
+        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
+        comment += f"   {both}"
+    yield f"{text.ljust(_COMMENT_COLUMN)}  # {comment}"
+
+
+def _expression(node: fx.Node, known: Facts) -> str:
+    if node.op == "placeholder":
+        return f'self.tensor("{known.name}")'
+    args = [_value(value) for value in node.args]
+    if known.role == "projection":
+        return f"{args[0]}[{args[1]}]"
+    if known.role == "conversion":
+        return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:]])})"  # type: ignore[union-attr]
+    target = str(node.target)
+    if target in _OPERATORS and len(args) == 2 and not node.kwargs:
+        return f"{args[0]} {_OPERATORS[target]} {args[1]}"
+    keywords = [f"{key}={_axes(value) if key.endswith('_axes') else _value(value)}" for key, value in node.kwargs.items()]
+    if getattr(node.target, "__module__", "") == runtime.__name__:
+        return f"{node.target.__name__}({', '.join([*args, *keywords])})"  # type: ignore[union-attr]
+    name = target if target.startswith("aten.") else f"torch.ops.{target}"
+    if known.random_axes is not None:
+        return f"self.random({', '.join([str(known.site), _axes(known.random_axes), name, *args, *keywords])})"
+    return f"{name}({', '.join([*args, *keywords])})"
+
+
+def _axes(names: tuple[str, ...]) -> str:
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        inner = ", ".join(map(_value, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, torch.device):
+        return "self.device"
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f'float("{value}")'
+    return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
