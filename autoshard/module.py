@@ -102,7 +102,10 @@ class ShardedModule(nn.Module):
         except AttributeError:
             if name.startswith("__") or "_state" not in self.__dict__:
                 raise
-            return getattr(self._state.source, name)  # the model's own attributes, e.g. config
+            found = getattr(self._state.source, name)  # the model's own attributes, e.g. config
+            if isinstance(found, (nn.Module, torch.Tensor)):
+                raise
+            return found
 
     @property
     def plan(self) -> Plan:

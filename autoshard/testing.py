@@ -28,7 +28,7 @@ from autoshard.errors import RuleError
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.passes.localize_shapes import LocalizeShapes
-from autoshard.placements import I, Layout, P, Placement, R, shard
+from autoshard.placements import Layout, P, R, shard
 from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, tensor_operands
 from autoshard.rules import describe, rule_of
 from autoshard.simulator import Ranks, SimulatedAxis, _run_node
@@ -68,8 +68,8 @@ def check_rule(
     if failures:
         shown = [*failures[:_MOST_SHOWN], *([f"and {len(failures) - _MOST_SHOWN} more"] if len(failures) > _MOST_SHOWN else [])]
         raise UnsoundRuleError(
-            f"the rule of {case.name}, {describe(case.name)!r}, is wrong for shapes {[list(x.shape) for x in case.operands]} on mesh {case.mesh}: "
-            f"{len(failures)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
+            f"the rule of {case.op}, {describe(str(case.op))!r}, is wrong for shapes {[list(x.shape) for x in case.operands]} "
+            f"on mesh {case.mesh}: {len(failures)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
         )
     return [candidate.strategies for candidate in candidates]
 
@@ -120,7 +120,7 @@ class OpCase:
         if rule is None:
             raise RuleError(f"{self.op} has no rule: autoshard.register_rule adds one")
         if rule.is_random(call):
-            raise RuleError(f"this call of {self.op} draws random numbers, which differ from rank to rank: prove it with the draws turned off")
+            raise RuleError(f"this call of {self.op} draws random numbers: prove it with the draws turned off")
         rule.bind(call)
         table = CandidateTable(program, CostModel(self.mesh, hardware_of("cpu")))
         for size, options in segmentations.items():
@@ -191,25 +191,119 @@ def dual(layout: Layout) -> Layout:
 
 
 def spread(value: Tensor, layout: Layout, mesh: MeshSpec, generator: torch.Generator) -> list[Tensor]:
-    """One local tensor per rank; under P random terms, alike on ranks that hold the same term."""
-    if any(P in (placement,) for placement in layout) and value.dtype == torch.bool:
-        raise UnsoundRuleError("a bool value has no terms")
+    """One local tensor per rank; under P random terms, the same on ranks that hold the same term."""
     pieces = [shard(value, layout, mesh, at).clone() for at in mesh.coordinates()]
+    if P not in layout:
+        return pieces
+    if value.dtype == torch.bool:
+        raise UnsoundRuleError("a bool value has no terms")
     terms: dict[tuple[int, ...], dict[tuple[int, ...], Tensor]] = {}
     for at, piece in zip(mesh.coordinates(), pieces, strict=True):
-        place = tuple(c for c, p in zip(at, layout, strict=True) if p.is_split)
-        terms.setdefault(place, {}).setdefault(tuple(c for c, p in zip(at, layout, strict=True) if p == P), _random_like(piece, generator))
+        terms.setdefault(_along(at, layout, "S"), {}).setdefault(_along(at, layout, "P"), _random_like(piece, generator))
     for group in terms.values():
-        *others, last = group
-        group[last] = -sum((group[term] for term in others), torch.zeros_like(group[last]))
-    return [
-        piece + terms[tuple(c for c, p in zip(at, layout, strict=True) if p.is_split)][tuple(c for c, p in zip(at, layout, strict=True) if p == P)]
-        for at, piece in zip(mesh.coordinates(), pieces, strict=True)
-    ]
+        last = list(group)[-1]
+        group[last] = -sum((term for number, term in group.items() if number != last), torch.zeros_like(group[last]))
+    return [piece + terms[_along(at, layout, "S")][_along(at, layout, "P")] for at, piece in zip(mesh.coordinates(), pieces, strict=True)]
 
 
-def compare(pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh: MeshSpec) -> str:
-    """How local tensors that lie as `layout` differ from the global value that they should make; "" when they do not."""
+def difference(pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh: MeshSpec) -> str:
+    """How local tensors that lie as `layout` miss the global value that they should make, on any rank; "" when they make it."""
+    wanted = [shard(expected, tuple(R if p == P else p for p in layout), mesh, at) for at in mesh.coordinates()]
+    for piece, want in zip(pieces, wanted, strict=True):
+        if piece.shape != want.shape:
+            return f"has shape {list(piece.shape)} on a rank, should have {list(want.shape)}"
+        if piece.dtype != want.dtype:
+            return f"is {piece.dtype}, should be {want.dtype}"
     totals: dict[tuple[int, ...], Tensor] = {}
-    terms = [tuple(-1 if p == P else c for c, p in zip(at, layout, strict=True)) for at in mesh.coordinates()]
-    seen: set[tuple[int, ...]] = set()
+    for at, piece in zip(mesh.coordinates(), pieces, strict=True):
+        term = _along(at, layout, "SRI")
+        totals[term] = totals[term] + piece.detach() if term in totals else piece.detach()
+    largest = max(_distance(totals[_along(at, layout, "SRI")], want) for at, want in zip(mesh.coordinates(), wanted, strict=True))
+    return f"differs by {largest:.2g}" if largest > _tolerance(expected) else ""
+
+
+def _failure(case: OpCase, candidate: Candidate) -> str:
+    """What is wrong with one candidate: the first operand or result that differs, or what its execution raised; "" when sound."""
+    try:
+        run = case.run(candidate)
+    except Exception as error:  # an op may raise anything on operands that do not fit together
+        return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
+    names = [f"output {k}" if len(case.outputs) > 1 else "output" for k in range(len(case.outputs))]
+    checks = list(zip(names, run.outputs, candidate.outputs, case.outputs, strict=True))
+    for name, pieces, layout, after, gradient in zip(case.names, run.operands, candidate.inputs, case.written, case.gradients, strict=True):
+        if gradient is not None:
+            local = [torch.zeros_like(x) if x.grad is None else x.grad for x in pieces]
+            checks.append((f"gradient of {name}", local, dual(layout), gradient))
+        else:
+            checks.append((f"{name} after the op", pieces, layout, after))
+    found = (f"{name} {text}" for name, pieces, layout, expected in checks if (text := difference(pieces, layout, expected, case.mesh)))
+    return next(found, "")
+
+
+def _describe(case: OpCase, candidate: Candidate) -> str:
+    """`i split on a: input S(1), weight S(1), bias P -> P`; on several axes the layouts are tuples."""
+    named = zip(case.mesh.axes, candidate.strategies, strict=True)
+    split = [f"{strategy.factor} split on {axis}" for axis, strategy in named if strategy.factor]
+    operands = ", ".join(f"{name} {_plain(layout)}" for name, layout in zip(case.names, candidate.inputs, strict=True))
+    return f"{' and '.join(split) or 'nothing split'}: {operands} -> {', '.join(map(_plain, candidate.outputs))}"
+
+
+def _plain(layout: Layout) -> str:
+    return " ".join(map(str, layout)) if len(layout) == 1 else f"({' '.join(map(str, layout))})"
+
+
+def _along(coordinate: Sequence[int], layout: Layout, kinds: str) -> tuple[int, ...]:
+    """The coordinate on those axes alone where the layout is one of `kinds`."""
+    return tuple(c for c, placement in zip(coordinate, layout, strict=True) if placement.kind in kinds)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0.0, (a.double() - b.double()).abs())
+    return float(apart.nan_to_num(nan=torch.inf).max()) if apart.numel() else 0.0
+
+
+def _tolerance(expected: Tensor) -> float:
+    if not expected.is_floating_point():
+        return 0.0
+    finite = expected[expected.isfinite()]
+    return torch.finfo(expected.dtype).eps ** 0.5 * max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)
+
+
+def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    if x.is_floating_point():
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator)
+    return torch.randint(-8, 9, x.shape, dtype=x.dtype, generator=generator)
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.dtype == torch.float64 and not isinstance(x, nn.Buffer)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(_wants_gradient(x))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(x, Tensor)]
+
+
+def _operand_names(node: fx.Node) -> list[str]:
+    names = []
+    for name, value in arguments(node).items():
+        if isinstance(value, fx.Node):
+            names.append(name)
+        elif isinstance(value, (tuple, list)):
+            names += [f"{name}[{k}]" for k, item in enumerate(value) if isinstance(item, fx.Node)]
+    return names
+
+
+def _overload(op: torch._ops.OpOverload | str) -> torch._ops.OpOverload:
+    if not isinstance(op, str):
+        return op
+    namespace, _, name = op.partition("::")
+    base, _, overload = name.partition(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+    except (AttributeError, RuntimeError) as error:
+        raise RuleError(f"no op {op!r}: import or define it first (write it as 'namespace::name')") from error
