@@ -145,8 +145,9 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
         yield f"draws random numbers on axes {known.random_axes}, its layouts ask {drawn}"
     if rule.shape is not None:
         local: Layout | tuple = local_shape(known.value.shape, known.layout, program.mesh.shape) or ()
-        start = arguments(node)["dim"] % len(local) if rule.shape == "sizes" else 0
-        wrong = [(g, n) for g, n in zip(arguments(node)[rule.shape], local[start:], strict=False) if g not in (-1, n)]
+        sizes = arguments(node)[rule.shape]
+        start = arguments(node)["dim"] % (len(local) - len(sizes) + 1) if rule.shape == "sizes" else 0
+        wrong = [(g, n) for g, n in zip(sizes, local[start:], strict=False) if g not in (-1, n)]
         if wrong:
-            yield f"asks for shape {arguments(node)[rule.shape]}, the local one is {list(local)}"
+            yield f"asks for shape {sizes}, the local one is {list(local)}"
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from autoshard.errors import PlacementError
-from autoshard.placements import I, Layout, P, Placement, R, local_segments, local_shape
+from autoshard.placements import I, Layout, Placement, R, local_segments, local_shape
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "place", "keep_first", "identity"]
 
@@ -136,8 +136,14 @@ def _walk(layout: Layout, moves: Sequence[tuple[int, Placement]], shape: tuple[i
             continue
         step = Step(axis, layout[axis], placement)
         after = replace_axis(layout, axis, placement)
-        if step.src == P and placement == P or not is_step_sound(layout, step) or local_shape(shape, after, sizes) is None:
+        if not is_step_sound(layout, step) or not _fits(shape, after, placement, sizes):
             return None
         steps.append(step)
         layout = after
     return tuple(steps)
+
+
+def _fits(shape: tuple[int, ...], layout: Layout, new: Placement, sizes: tuple[int, ...]) -> bool:
+    """Whether the intermediate layout divides; both ends do, so only a dim that several axes split can fail."""
+    shares_dim = new.is_split and sum(placement.is_split and placement.dim == new.dim for placement in layout) > 1
+    return not shares_dim or local_shape(shape, layout, sizes) is not None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
+import torch
 from torch import fx
 
 from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
@@ -20,7 +21,7 @@ from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Equation, Strategy
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
-from autoshard.placements import Layout, local_shape
+from autoshard.placements import Layout
 from autoshard.program import Program, facts
 from autoshard.rules import Rule
 
@@ -41,9 +42,8 @@ class CostModel:
         return self.hardware.axis_bytes_per_s(self.mesh.shape)
 
     def local_bytes(self, value: TensorInfo, layout: Layout) -> float:
-        shape = local_shape(value.shape, layout, self.mesh.shape)
-        assert shape is not None, (value, layout)
-        return math.prod(shape) * value.dtype.itemsize
+        """Bytes that each rank holds of a value in a layout that fits it."""
+        return value.nbytes / math.prod([n for placement, n in zip(layout, self.mesh.shape, strict=True) if placement.is_split])
 
     def op_s(self, name: str, rule: Rule | None, equation: Equation | None, values: Sequence[TensorInfo], layouts: Sequence[Layout], split: float) -> float:
         """Seconds of one op, forward and backward. `values`, `layouts`: its inputs and outputs; `split`: ranks sharing the work."""
@@ -58,37 +58,54 @@ class CostModel:
         gradients = sum(value.needs_grad for value in values[: len(equation.inputs)]) if equation is not None else sum(v.needs_grad for v in values)
         return once * (1 + (gradients if flops else min(gradients, 1)))
 
-    def step_s(self, step: Step, value: TensorInfo, layout: Layout) -> float:
-        """Seconds of one conversion step, forward and, where a gradient flows, backward; `layout` is the one before it."""
-        whole = self.whole_bytes(step, value, layout)
-        directions = (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]
-        return sum(self.collective_s(name, whole, step.axis) for name in directions)
-
     def whole_bytes(self, step: Step, value: TensorInfo, layout: Layout) -> float:
         """Bytes of the value that the ranks of the step's axis hold together."""
         both = step.src.is_split and step.dst.is_split
         held = self.local_bytes(value, replace_axis(layout, step.axis, step.src if step.dst.is_split else step.dst))
         return held * self.mesh.shape[step.axis] if both else held
 
-    def collective_s(self, name: str, whole_bytes: float, axis: int) -> float:
-        """Seconds of one collective over a value that the axis holds `whole_bytes` of together."""
+    def collective_terms(self, name: str, axis: int) -> tuple[float, float]:
+        """Seconds of one collective: fixed, and per byte of the value that the ranks of the axis hold together."""
         n, hardware = self.mesh.shape[axis], self.hardware
         if n == 1 or name == "identity":
-            return 0.0
+            return 0.0, 0.0
         if name in COMMUNICATES:
-            return hardware.collective_latency_s + WIRE[name](n) * whole_bytes / self.axis_rates[axis]
-        return hardware.kernel_latency_s + whole_bytes / hardware.memory_bytes_per_s
-
-    def route_s(self, route: Sequence[Step], value: TensorInfo, src: Layout) -> float:
-        total = 0.0
-        for step in route:
-            total += self.step_s(step, value, src)
-            src = replace_axis(src, step.axis, step.dst)
-        return total
+            return hardware.collective_latency_s, WIRE[name](n) / self.axis_rates[axis]
+        return hardware.kernel_latency_s, 1 / hardware.memory_bytes_per_s
 
     def best_route(self, src: Layout, dst: Layout, value: TensorInfo) -> tuple[float, tuple[Step, ...]] | None:
-        """Cheapest sequence of conversions and its seconds, or None where there is none."""
-        return _best_route(self, src, dst, value)
+        """Cheapest sequence of conversions and its seconds, forward and (where a gradient flows) backward; None without one."""
+        best = None
+        for fixed, per_byte, route in self.priced_routes(src, dst, value):
+            seconds = fixed + per_byte * value.nbytes
+            if best is None or seconds < best[0]:
+                best = (seconds, route)
+        return best
+
+    def priced_routes(self, src: Layout, dst: Layout, value: TensorInfo) -> tuple[tuple[float, float, tuple[Step, ...]], ...]:
+        """Every route with its fixed seconds and seconds per byte of the value; they depend on the shape only where pieces nest."""
+        table = self._routes
+        key = (src, dst, value.needs_grad)
+        if key not in table:
+            split = {(p.dim, axis) for layout in (src, dst) for axis, p in enumerate(layout) if p.is_split}
+            nests = len({dim for dim, _ in split}) < len(split)
+            table[key] = {} if nests else _priced_routes(self, src, dst, value)
+        found = table[key]
+        if isinstance(found, dict):
+            if value.shape not in found:
+                found[value.shape] = _priced_routes(self, src, dst, value)
+            return found[value.shape]
+        return found
+
+    @cached_property
+    def _routes(self) -> dict:
+        return {}
+
+    def communicates(self, src: Layout, dst: Layout, value: TensorInfo) -> bool:
+        """Whether converting moves bytes between ranks, forward or backward."""
+        best = self.best_route(src, dst, value)
+        directions = [name for step in (best[1] if best else ()) for name in (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]]
+        return best is None or any(name in COMMUNICATES for name in directions)
 
     def parameter_s(self, value: TensorInfo, layout: Layout) -> float:
         """Optimizer step on one parameter."""
@@ -97,12 +114,21 @@ class CostModel:
         return OPTIMIZER_PASSES * self.local_bytes(value, layout) / self.hardware.memory_bytes_per_s
 
 
-@lru_cache(maxsize=1 << 18)
-def _best_route(model: CostModel, src: Layout, dst: Layout, value: TensorInfo) -> tuple[float, tuple[Step, ...]] | None:
-    found = routes(src, dst, value.shape, model.mesh.shape, value.needs_grad)
+def _priced_routes(model: CostModel, src: Layout, dst: Layout, value: TensorInfo) -> tuple[tuple[float, float, tuple[Step, ...]], ...]:
+    unit = TensorInfo((), torch.uint8, value.needs_grad)  # one byte
     start = src if value.needs_grad else without_gradient(src)
-    priced = [(model.route_s(route, value, start), route) for route in found]
-    return min(priced, key=lambda pair: pair[0], default=None)
+    priced = []
+    for route in routes(src, dst, value.shape, model.mesh.shape, value.needs_grad):
+        fixed = per_byte = 0.0
+        layout = start
+        for step in route:
+            whole = model.whole_bytes(step, unit, layout)
+            for name in (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]:
+                terms = model.collective_terms(name, step.axis)
+                fixed, per_byte = fixed + terms[0], per_byte + terms[1] * whole
+            layout = replace_axis(layout, step.axis, step.dst)
+        priced.append((fixed, per_byte, route))
+    return tuple(priced)
 
 
 def split_of(strategies: Sequence[Strategy], sizes: Sequence[int]) -> float:

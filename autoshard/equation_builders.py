@@ -5,8 +5,10 @@ Each builder takes a Call and returns the equation as text, with the sizes of fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,12 +22,9 @@ class TensorInfo:
     dtype: torch.dtype
     needs_grad: bool = False
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def _dims(call: Call, argument: str, ndim: int) -> list[int]:
 
 
 def pointwise(call: Call) -> str:
+    """Elementwise, with broadcasting; not linear."""
     return _text(["p*"] * len(call.inputs), ["p*"])
 
 
@@ -69,16 +69,18 @@ def additive(call: Call) -> str:
 
 
 def multilinear(call: Call) -> str:
+    """Elementwise, linear in each operand."""
     return _text(["~p*"] * len(call.inputs), ["p*"])
 
 
 def first_linear(call: Call) -> str:
+    """Elementwise, linear in the first operand."""
     return _text(["~p*", *["p*"] * (len(call.inputs) - 1)], ["p*"])
 
 
 def cast(call: Call) -> str:
-    """Linear while no precision class changes: a sum of floats rounded to integers is not the sum of the rounded."""
-    mark = "~" if call.outputs[0].dtype.is_floating_point or not call.inputs[0].dtype.is_floating_point else ""
+    """Linear, except from floats to integers: a sum rounded is not the sum of the terms rounded."""
+    mark = "" if call.inputs[0].dtype.is_floating_point and not call.outputs[0].dtype.is_floating_point else "~"
     return _text([f"{mark}p*", *["[w*]"] * (len(call.inputs) - 1)], ["p*"])
 
 
@@ -88,6 +90,7 @@ def addmm(call: Call) -> str:
 
 
 def matmul(call: Call) -> str:
+    """torch.matmul: vectors, matrices and broadcast batches of matrices."""
     a, b = (len(t.shape) for t in call.inputs)
     left = "~k" if a == 1 else "~b* m k"
     right = "~k" if b == 1 else "~k n" if b == 2 else "~b* k n"
@@ -97,11 +100,12 @@ def matmul(call: Call) -> str:
 
 def convolution(call: Call) -> str:
     """Whole in space; input channels are contracted; with groups the channels stay whole."""
-    space = len(call.inputs[0].shape) - 2
+    space = len(call.inputs[1].shape) - 2
+    batch = "b " if len(call.inputs[0].shape) == space + 2 else ""
     i, o = ("i", "o") if call.get("groups", 1) == 1 else ("[i]", "[o]")
     x, w, y = (" ".join(f"[{name}]" for name in _names(space, letter)) for letter in "xwy")
     weight_in = i if call.get("groups", 1) == 1 else "[j]"
-    return f"~b {i} {x}, ~{o} {weight_in} {w}, +{o} -> b {o} {y}"
+    return f"~{batch}{i} {x}, ~{o} {weight_in} {w}, +{o} -> {batch}{o} {y}"
 
 
 def attention(call: Call) -> str:
@@ -112,28 +116,42 @@ def attention(call: Call) -> str:
     if call.get("enable_gqa") and call.inputs[0].shape[-3] != call.inputs[1].shape[-3]:
         heads, grouped = "g ", "(g r) "
         sizes["g"] = call.inputs[1].shape[-3]
-        mask = f"b* [n] {query} [k]" if len(call.inputs) > 3 and len(call.inputs[3].shape) > 2 else f"{query} [k]"
+        mask = _grouped_mask(call.inputs[3].shape, query) if len(call.inputs) > 3 else f"{query} [k]"
     else:
         mask = f"b* {query} [k]"
     text = f"b* {grouped}{query} [d], b* {heads}[k] [d], ~b* {heads}[k] e, {mask} -> b* {grouped}{query} e"
     return (text, sizes) if sizes else text  # type: ignore[return-value]
 
 
+def _grouped_mask(shape: Sequence[int], query: str) -> str:
+    """A mask per query head is split as the heads are."""
+    heads = "" if len(shape) < 3 else "b* 1 " if shape[-3] == 1 else "b* (g r) "
+    return f"{heads}{query} [k]"
+
+
+def embedding(call: Call) -> str:
+    """Rows looked up; gradients scaled by how often a row occurs need all the indices, sparse ones the whole table."""
+    if call.get("scale_grad_by_freq") or call.get("sparse"):
+        return "~[v] h, [b*] -> [b*] h"
+    return "~v h, b* -> b* h"
+
+
 def last_dims_norm(call: Call) -> str:
+    """Normalisation over the last dims; what else it returns has length 1 there."""
     names = _names(len(call.get("normalized_shape")), "n")
     whole = " ".join(f"[{name}]" for name in names)
-    return _text([f"b* {whole}", *[whole] * (len(call.inputs) - 1)], [f"b* {whole}"])
+    statistics = " ".join("1" for _ in names)
+    return _text([f"b* {whole}", *[whole] * (len(call.inputs) - 1)], [f"b* {whole}", *[f"b* {statistics}"] * (len(call.outputs) - 1)])
 
 
 def batch_norm(call: Call) -> str:
     """Statistics are sums over batch and space, which the lowering makes exact; tracked statistics keep channels whole."""
-    affine = 2 if call.get("weight") is not None else 0
-    tracked = len(call.inputs) - 1 - affine
-    channel = "[c]" if call.get("training") and tracked else "c"
+    channel = "[c]" if call.get("training") and call.get("running_mean") is not None else "c"
     return _text([f"b {channel} s*", *[channel] * (len(call.inputs) - 1)], [f"b {channel} s*"])
 
 
 def whole_dim(call: Call) -> str:
+    """Works along one dim, or along all; the others are untouched."""
     ndim = len(call.inputs[0].shape)
     if call.get("dim") is None:
         return _text([" ".join(f"[{n}]" for n in _names(ndim))], [" ".join("1" for _ in call.outputs[0].shape)])
@@ -168,10 +186,13 @@ def _reduced(call: Call, mark: str, whole: bool) -> str:
 
 
 def reduction(call: Call) -> str:
-    return _reduced(call, "~", False)
+    """Sums over dims; terms must not be rounded to integers first."""
+    rounds = call.inputs[0].dtype.is_floating_point and not call.outputs[0].dtype.is_floating_point
+    return _reduced(call, "" if rounds else "~", False)
 
 
 def whole_reduction(call: Call) -> str:
+    """Reduces dims that stay whole."""
     return _reduced(call, "", True)
 
 
@@ -217,7 +238,16 @@ def _spell(dims: Sequence[Sequence[str]]) -> str:
     return " ".join("1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
 
 
+def squeeze(call: Call) -> str:
+    """Drops dims of length 1; a longer one that is named stays whole, since its pieces may have length 1."""
+    shape = call.inputs[0].shape
+    named = set(_dims(call, "dim", len(shape))) if call.get("dim") != [] else set()
+    source = ["1" if k in named and size == 1 else f"[d{k}]" if k in named else f"d{k}" for k, size in enumerate(shape)]
+    return _text(["~" + " ".join(source)], [" ".join(term for term in source if term != "1")])
+
+
 def permute(call: Call) -> str:
+    """Dims in another order."""
     ndim = len(call.inputs[0].shape)
     order = list(range(ndim))
     if "dim0" in call.arguments:
@@ -232,6 +262,7 @@ def permute(call: Call) -> str:
 
 
 def expand(call: Call) -> str:
+    """Repeats dims of length 1, and adds dims in front."""
     before, after = call.inputs[0].shape, call.outputs[0].shape
     names = _names(len(after))
     skipped = len(after) - len(before)
@@ -242,15 +273,19 @@ def expand(call: Call) -> str:
 def resized_dims(call: Call) -> str:
     """Dims whose length the op changes, or that it moves along, stay whole; the others are untouched."""
     moved = set(_dims(call, "dims", len(call.inputs[0].shape))) if call.get("dims") is not None else set()
+    padding = call.get("pad", ())  # two numbers per dim, the last dim first; (1, -1) moves a dim and keeps its length
+    moved |= {len(call.inputs[0].shape) - 1 - k // 2 for k, width in enumerate(padding) if width}
     if call.op == "aten.diff.default":
         moved.add(call.get("dim", -1) % len(call.inputs[0].shape))
     shapes = [t.shape for t in (*call.inputs, *call.outputs)]
     kept = [len({shape[k] for shape in shapes}) == 1 and k not in moved for k in range(len(shapes[0]))]
     operand = [" ".join(f"d{k}" if keep else f"[m{k}x{t}]" for k, keep in enumerate(kept)) for t in range(len(shapes))]
-    return _text(operand[:-1], operand[-1:])
+    mark = "~" if len(call.inputs) == 1 and not padding else ""
+    return _text([mark + operand[0], *operand[1:-1]], operand[-1:])
 
 
 def select(call: Call) -> str:
+    """Drops one dim, which stays whole."""
     ndim = len(call.inputs[0].shape)
     dim = call.get("dim") % ndim
     names = _names(ndim)
@@ -267,18 +302,24 @@ def _pieces(call: Call, whole: TensorInfo, parts: Sequence[TensorInfo], dim: int
 
 
 def split(call: Call) -> Sized:
+    """Pieces along one dim, all split together; an only piece stays whole, as its length is an argument."""
     dim = call.get("dim", 0) % len(call.inputs[0].shape)
+    if len(call.outputs) == 1:
+        names = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(_names(len(call.inputs[0].shape))))
+        return _text(["~" + names], [names]), {}
     long, short, (_, sizes) = _pieces(call, call.inputs[0], call.outputs, dim)
     return _text(["~" + long], short), sizes
 
 
 def concatenate(call: Call) -> Sized:
+    """Joins along one dim, whose parts are split together."""
     dim = call.get("dim", 0) % len(call.outputs[0].shape)
     long, short, (_, sizes) = _pieces(call, call.outputs[0], call.inputs, dim)
     return _text(["+" + piece for piece in short], [long]), sizes
 
 
 def unbind(call: Call) -> str:
+    """Takes one dim apart, which stays whole."""
     ndim = len(call.inputs[0].shape)
     dim = call.get("dim", 0) % ndim
     names = _names(ndim)
@@ -287,6 +328,7 @@ def unbind(call: Call) -> str:
 
 
 def stack(call: Call) -> str:
+    """A new dim, which stays whole."""
     ndim = len(call.outputs[0].shape)
     dim = call.get("dim", 0) % ndim
     names = _names(ndim)

@@ -51,6 +51,8 @@ class Equation:
     sizes: Mapping[str, int]
     whole: frozenset[str] = frozenset()
     joined: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors that are split together
+    termless: frozenset[int] = frozenset()  # positions, inputs first, of operands and outputs that cannot be P
+    ordered: frozenset[str] = frozenset()  # factors that may not be split in segments
 
     @property
     def factors(self) -> list[str]:
@@ -71,7 +73,8 @@ class Strategy:
     factor: str = ""
 
 
-_TERM = re.compile(r"\(([^)]*)\)|\[(\w+\*?)\]|([\w*|]+)")
+_NAME = r"[A-Za-z_]\w*"
+_TERM = re.compile(rf"\(\s*({_NAME}(?:\s+{_NAME})*)\s*\)|\[({_NAME}\*?)\]|({_NAME}(?:\|{_NAME})+|{_NAME}\*?|1)(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ def _parse_operand(text: str) -> tuple[str, tuple[tuple[str, tuple[str, ...]], .
             terms.append(("variadic" if plain.endswith("*") else "one" if plain == "1" else "factor", (plain.rstrip("*"),)))
         position = match.end()
         position += len(body[position:]) - len(body[position:].lstrip())
+    if sum(names[0].endswith("*") or kind == "variadic" for kind, names in terms) > 1:
+        raise RuleError(f"rule operand {text!r} has two terms that stand for any number of dims; at most one can")
     return mark, tuple(terms)
 
 
@@ -132,8 +137,11 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
             _bind_dim(dim, is_joined, size, found, text, shapes)
     groups = {dim for dims, joined, _ in expanded for dim, is_joined in zip(dims, joined, strict=True) if is_joined}
     bound = []
-    for (dims, joined, mark), shape in zip(expanded, shapes, strict=True):
+    for position, ((dims, joined, mark), shape) in enumerate(zip(expanded, shapes, strict=True)):
         kept = tuple(() if size == 1 and len(dim) == 1 and found[dim[0]] != 1 else dim for dim, size in zip(dims, shape, strict=True))
+        lost = [dim[0] for dim, rest in zip(dims, kept, strict=True) if dim and not rest and dim[0] not in whole]
+        if lost and position >= len(inputs):
+            raise RuleError(f"rule {text!r} does not fit shapes {shapes}: an output has length 1 along {lost[0]!r}; write 1 there if it is reduced")
         bound.append(Operand(kept, joined, mark == "+", mark == "~"))
     return Equation(tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)))
 
@@ -189,7 +197,8 @@ def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[
         group = groups.get(factor, (factor,))
         if factor != group[0] or any(equation.sizes[name] % n or not equation.sizes[name] or name in equation.whole for name in group):
             continue
-        proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if len(group) == 1 else [()]
+        is_proposed = len(group) == 1 and factor not in equation.ordered
+        proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if is_proposed else [()]
         for segments in proposals:
             if any(size % n for size in segments):
                 continue
@@ -197,7 +206,7 @@ def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[
             if strategy is not None:
                 found.append(strategy)
     found += _partial(equation)
-    return list(dict.fromkeys(found))
+    return [s for s in dict.fromkeys(found) if not any((*s.inputs, *s.outputs)[k] == P for k in equation.termless)]
 
 
 def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]) -> Strategy | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -35,10 +35,15 @@ class Placement:
     kind: Kind
     dim: int = -1
     segments: tuple[int, ...] = ()
+    is_split: bool = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def is_split(self) -> bool:
-        return self.kind == "S"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_split", self.kind == "S")  # both are read millions of times while planning
+        object.__setattr__(self, "_hash", hash((self.kind, self.dim, self.segments)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def is_whole(self) -> bool:

@@ -9,7 +9,7 @@ An op without a row is replicated, and the plan reports it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,11 +28,13 @@ class Lowering:
 
     It takes the op's own arguments and, per entry of `axes` (factor without its number -> keyword), the mesh axes that
     split the factor. Factors in `settled` leave outputs that lack them I rather than P: the lowering sums inside.
+    `ordered` factors cannot be split in segments: the lowering counts positions from the rank's number.
     """
 
     function: str
     axes: Mapping[str, str]
     settled: frozenset[str] = frozenset()
+    ordered: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,14 @@ class Rule:
         """The equation bound to the shapes of `call`. Raises RuleError when it does not fit."""
         text = self.equation if isinstance(self.equation, str) else self.equation(call)
         text, sizes = text if isinstance(text, tuple) else (text, {})
-        return bind(text, [t.shape for t in call.inputs], [t.shape for t in call.outputs], sizes)
+        equation = bind(text, [t.shape for t in call.inputs], [t.shape for t in call.outputs], sizes)
+        termless = frozenset(k for k, t in enumerate((*call.inputs, *call.outputs)) if not _has_terms(t.dtype))
+        return replace(equation, termless=termless, ordered=self.lowering.ordered if self.lowering else frozenset())
+
+
+def _has_terms(dtype: torch.dtype) -> bool:
+    """A bool is no sum, and sums of small integers wrap around, which a later conversion to a wider type would see."""
+    return dtype.is_floating_point or dtype.itemsize >= 4
 
 
 def _rows(names: str, rule: Rule) -> dict[str, Rule]:
@@ -86,32 +95,35 @@ RULES: dict[str, Rule] = {
     **_rows("mm", Rule("~m k, ~k n -> m n", bound="matmul")),
     **_rows("bmm", Rule("~b m k, ~b k n -> b m n", bound="matmul")),
     **_rows("matmul", Rule(build.matmul, bound="matmul")),
-    **_rows("conv1d conv2d conv3d", Rule(build.convolution, bound="matmul")),
+    **_rows("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding", Rule(build.convolution, bound="matmul")),
     **_rows(
         "scaled_dot_product_attention",
         Rule(build.attention, is_random=lambda call: bool(call.get("dropout_p")), undrawn=frozenset("e"), bound="matmul"),
     ),
     # Lookup and normalisation.
-    **_rows("embedding", Rule("~v h, b* -> b* h", Lowering("embedding", {"v": "row_axes"}))),
+    **_rows("embedding", Rule(build.embedding, Lowering("embedding", {"v": "row_axes"}, ordered=frozenset("v")))),
     **_rows("layer_norm native_layer_norm rms_norm", Rule(build.last_dims_norm)),
     **_rows("batch_norm", Rule(build.batch_norm, Lowering("batch_norm", {"b": "batch_axes", "s": "batch_axes"}))),
     **_rows("softmax.int log_softmax.int _softmax cumsum argmax", Rule(build.whole_dim)),
     **_rows(
         "cross_entropy_loss",
-        Rule(build.cross_entropy, Lowering("cross_entropy", {"c": "class_axes", "b": "batch_axes", "s": "batch_axes"}, frozenset("c"))),
+        Rule(
+            build.cross_entropy,
+            Lowering("cross_entropy", {"c": "class_axes", "b": "batch_axes", "s": "batch_axes"}, frozenset("c"), frozenset("c")),
+        ),
     ),
     # Reductions.
     **_rows("sum sum.dim_IntList", Rule(build.reduction)),
     **_rows("mean mean.dim", Rule(build.reduction, Lowering("mean", {"d": "reduced_axes"}))),
     **_rows("amax amin var.correction std.correction", Rule(build.whole_reduction)),
     # Shapes.
-    **_rows("view", Rule(build.reshape, shape="size")),
+    **_rows("view _unsafe_view", Rule(build.reshape, shape="size")),
     **_rows("reshape", Rule(build.reshape, shape="shape")),
     **_rows("unflatten.int", Rule(build.reshape, shape="sizes")),
-    **_rows("_unsafe_view flatten.using_ints", Rule(build.reshape)),
+    **_rows("flatten.using_ints unsqueeze", Rule(build.reshape)),
     **_rows("expand", Rule(build.expand, shape="size")),
     **_rows("permute transpose.int t numpy_T", Rule(build.permute)),
-    **_rows("unsqueeze squeeze.dim squeeze squeeze.dims", Rule(build.reshape)),
+    **_rows("squeeze.dim squeeze squeeze.dims", Rule(build.squeeze)),
     **_rows("slice.Tensor pad diff flip roll", Rule(build.resized_dims)),
     **_rows("select.int", Rule(build.select)),
     **_rows("chunk", Rule(build.split)),
@@ -146,6 +158,27 @@ def register_rule(op: str, equation: str, *, bound: Literal["matmul", "memory"] 
     except (AttributeError, RuntimeError) as error:
         raise RuleError(f"no op {op!r}: import or define it before registering its rule (write it as 'namespace::name')") from error
     RULES[f"{namespace}.{base}.{overload or 'default'}"] = Rule(equation, bound=bound)
+
+
+def catalogue() -> str:
+    """The page docs/ops.md: every row of the table with its equation and its lowering."""
+    lines = [
+        "# Op rules",
+        "",
+        "Every op that autoshard can split, by the equations of `autoshard/equations.py`; `tests/test_rules.py` proves each row by",
+        "execution. Where the equation depends on the call, a builder of `autoshard/equation_builders.py` writes it. A lowering replaces",
+        "the op where one of the factors named is split. Made from the table, to be made anew when it changes:",
+        "`python -c \"from autoshard.rules import catalogue; print(catalogue(), end='')\" > docs/ops.md`",
+        "",
+        "| op | equation | lowering |",
+        "| --- | --- | --- |",
+    ]
+    for op, rule in sorted(RULES.items()):
+        summary = (getattr(rule.equation, "__doc__", None) or "").partition("\n")[0]
+        text = f"`{rule.equation}`" if isinstance(rule.equation, str) else f"{rule.equation.__name__}: {summary}"
+        lowering = f"`{rule.lowering.function}` of {', '.join(sorted(rule.lowering.axes))}" if rule.lowering else ""
+        lines.append(f"| `{op}` | {text.replace('|', '&#124;')} | {lowering} |")
+    return "\n".join(lines) + "\n"
 
 
 def describe(op: str) -> str:

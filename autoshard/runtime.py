@@ -307,10 +307,11 @@ def cross_entropy(
     picked = _total(torch.where(here, shifted.gather(dim, index.unsqueeze(dim)).squeeze(dim), 0.0), class_axes)
     loss = (log_z - picked) * share
     if label_smoothing:
-        each = log_z.unsqueeze(dim) - shifted
-        each = each if weight is None else each * weight.view([-1 if d == dim else 1 for d in range(logits.dim())])
-        everywhere = _total(each.sum(dim), class_axes)
-        loss = (1 - label_smoothing) * loss + label_smoothing / (classes * _count(class_axes)) * everywhere
+        count = classes * _count(class_axes)
+        each = shifted if weight is None else shifted * weight.view([-1 if d == dim else 1 for d in range(logits.dim())])
+        shares = count if weight is None else _total(weight.sum(), class_axes)
+        everywhere = log_z * shares - _total(each.sum(dim), class_axes)  # log_z is I: it must not be used per class
+        loss = (1 - label_smoothing) * loss + label_smoothing / count * everywhere
     loss = torch.where(valid, loss, 0.0)
     if reduction == 0:
         return loss

@@ -1,7 +1,7 @@
 """The planning problem: variables, costs and tables for the solver, from a program's candidates.
 
     variables   one per op and parameter (its candidates), and one per value that several nodes read or a constraint pins
-                (its supply: the layout it is made in, and a hub layout it is converted to once for all)
+                (its supply: a hub layout it is converted to once for all readers)
     costs       seconds of the op, of the optimizer step, of conversions whose one end is fixed
     tables      seconds of converting what one candidate gives into what another wants
 
@@ -20,6 +20,7 @@ from torch import fx
 
 from autoshard.candidates import Candidate, CandidateTable
 from autoshard.constraints import Pin
+from autoshard.conversion_table import ConversionTable
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel
 from autoshard.equation_builders import TensorInfo
@@ -33,10 +34,14 @@ Value = tuple[fx.Node, int]  # a producing node and the number of its output
 
 @dataclass(frozen=True)
 class Supply:
-    """A way to offer a value: made in layout `native`, also converted to `hub` (None: only as made)."""
+    """A way to offer a value: converted to `hub`, from which every reader converts further.
 
-    native: Layout
-    hub: Layout | None
+    Most hubs serve a reader of the native layout too, as R gives I and S without communication. Where that costs (S(0)
+    against S(1)), the value may also be offered in both; `native` is then the layout that it is made in.
+    """
+
+    hub: Layout
+    native: Layout | None = None
 
 
 @dataclass
@@ -56,9 +61,11 @@ class SearchSpace:
     uses: dict[Value, list[tuple[fx.Node, int]]] = field(default_factory=dict)
     _tables: dict[object, np.ndarray] = field(default_factory=dict)
     _keep: list[object] = field(default_factory=list)
+    _conversions: ConversionTable = field(init=False)
 
     def __post_init__(self) -> None:
         self.table = CandidateTable(self.program, self.costs)
+        self._conversions = ConversionTable(self.costs, self.random)
         self._fix()
         self._collect()
 
@@ -158,14 +165,22 @@ class SearchSpace:
             if not hubs and not all(pin.is_soft for pin in pins):
                 raise_unfit(pins, facts(value[0]).name or value[0].name, info, self.program)
             if hubs:
-                return [Supply(native, hub) for native in natives for hub in hubs]
+                return [Supply(hub) for hub in hubs]
             self.program.note(f"what {facts(value[0]).source.module} returns, {info.shape}, cannot lie as the template asks ({pins[0].text}); left free")
         seen: dict[Layout, int] = {}
         for user, k in self.uses[value]:
             for want in dict.fromkeys(self._wants(user, k)):
                 seen[want] = seen.get(want, 0) + 1
-        hubs = [want for want, count in seen.items() if count > 1]
-        return [Supply(native, hub) for native in natives for hub in (None, *(hub for hub in hubs if hub != native))]
+        shared = [want for want, count in seen.items() if count > 1 and P not in want]
+        alone = dict.fromkeys([*natives, *shared])
+        both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
+        return [*map(Supply, alone), *both]
+
+    def _is_worth_both(self, native: Layout, hub: Layout, info: TensorInfo) -> bool:
+        """Whether neither layout gives the other without communication, in the one axis where they differ."""
+        if sum(a != b for a, b in zip(native, hub, strict=True)) != 1:
+            return False
+        return all(self.costs.communicates(a, b, info) for a, b in ((native, hub), (hub, native)))
 
     def _restable(self, info: TensorInfo) -> list[Layout]:
         return [c.outputs[0] for c in self.table.of_parameter(info)]
@@ -215,7 +230,7 @@ class SearchSpace:
     def _unary(self, what: fx.Node | Value) -> np.ndarray:
         if not isinstance(what, fx.Node):
             return self._supply_costs(what)
-        own = np.array([self._drawn(c.cost_s) for c in self.domains[what]])
+        own = np.array([self._draw(c.cost_s) for c in self.domains[what]])
         for k, operand in enumerate(tensor_operands(what) if facts(what).role == "op" else []):
             value = producer(operand)
             if value in self.fixed:
@@ -226,10 +241,8 @@ class SearchSpace:
         return own
 
     def _supply_costs(self, value: Value) -> np.ndarray:
-        info, pinned = facts(value[0]).values[value[1]], bool(self.pins_of(value))
         ways = self.supplies[value]
-        own = np.array([0.0 if way.hub is None else self._route_s(way.native, way.hub, info) for way in ways])
-        return own + self._leaving(value, [(way.hub if pinned and way.hub else way.native, way.hub) for way in ways])
+        return self._leaving(value, [(way.hub, way.native) for way in ways])
 
     def _leaving(self, value: Value, ways: list[tuple[Layout, Layout | None]]) -> np.ndarray:
         """Seconds to hand a value to nodes that are not searched: the program's output and fixed ops."""
@@ -238,9 +251,9 @@ class SearchSpace:
         for user, k in self.uses[value]:
             if user in self.domains:
                 continue
-            for row, (native, hub) in enumerate(ways):
-                wanted = self.chosen[user].inputs[k] if user in self.chosen else self.leaving_layout(native, info)
-                total[row] += min(self._route_s(have, wanted, info) for have in (native, hub or native))
+            for row, (have, other) in enumerate(ways):
+                wanted = self.chosen[user].inputs[k] if user in self.chosen else self.leaving_layout(have, info)
+                total[row] += min(self._route_s(layout, wanted, info) for layout in dict.fromkeys((have, other or have)))
         return total
 
     def leaving_layout(self, layout: Layout, info: TensorInfo) -> Layout:
@@ -250,15 +263,20 @@ class SearchSpace:
 
     def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         info, have = facts(value[0]).values[value[1]], self.fixed[value]
-        return np.array([self._route_s(have, c.inputs[k], info) for c in self.domains[user]])
+        return self._matrix([have], [c.inputs[k] for c in self.domains[user]], info)[0]
 
     def _made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
-        domain = self.domains[value[0]]
-        natives = [way.native for way in supplies]
-        key = ("made", id(domain), value[1], tuple(supplies))
-        return self._remember(
-            key, lambda: np.array([[0.0 if c.outputs[value[1]] == native else math.inf for native in natives] for c in domain]), domain
-        )
+        """Between the maker and the supply: the conversion to the hub."""
+        domain, info = self.domains[value[0]], facts(value[0]).values[value[1]]
+        natives = [c.outputs[value[1]] for c in domain]
+        key = ("made", id(domain), value[1], tuple(supplies), info)
+
+        def make() -> np.ndarray:
+            seconds = self._matrix(natives, [way.hub for way in supplies], info)
+            fitting = np.array([[way.native in (None, native) for way in supplies] for native in natives])
+            return np.where(fitting, seconds, math.inf)
+
+        return self._remember(key, make, domain)
 
     def _convert(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between the only producer and the only reader."""
@@ -269,35 +287,24 @@ class SearchSpace:
         return self._remember(key, lambda: self._matrix(have, want, info), producer_domain, reader_domain)
 
     def _offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
-        """Between a supply and one of its readers: from the native layout, or from the hub."""
-        supplies, domain, pinned = self.supplies[value], self.domains[user], bool(self.pins_of(value))
+        """Between a supply and one of its readers: from the hub, or from the native layout where both are offered."""
+        supplies, domain = self.supplies[value], self.domains[user]
         info = facts(value[0]).values[value[1]]
         want = [c.inputs[k] for c in domain]
-        key = ("offer", tuple(supplies), id(domain), k, info, pinned)
 
         def make() -> np.ndarray:
-            from_hub = self._matrix([way.hub or way.native for way in supplies], want, info)
-            if pinned and supplies[0].hub is not None:
-                return from_hub
-            return np.minimum(from_hub, self._matrix([way.native for way in supplies], want, info))
+            from_native = self._matrix([way.native or way.hub for way in supplies], want, info)
+            return np.minimum(self._matrix([way.hub for way in supplies], want, info), from_native)
 
-        return self._remember(key, make, domain)
+        return self._remember(("offer", tuple(supplies), id(domain), k, info), make, domain)
 
     def _matrix(self, have: list[Layout], want: list[Layout], info: TensorInfo) -> np.ndarray:
-        rows, columns = list(dict.fromkeys(have)), list(dict.fromkeys(want))
-        small = np.array([[self._route_s(a, b, info) for b in columns] for a in rows])
-        row_of, column_of = {x: k for k, x in enumerate(rows)}, {x: k for k, x in enumerate(columns)}
-        return small[np.ix_([row_of[x] for x in have], [column_of[x] for x in want])]
+        return self._conversions.seconds(have, want, info)
 
     def _route_s(self, have: Layout, want: Layout, info: TensorInfo) -> float:
-        if have == want:
-            return 0.0
-        best = self.costs.best_route(have, want, info)
-        if best is None:
-            return math.inf
-        return self._drawn(best[0]) if best[1] else 0.0
+        return float(self._matrix([have], [want], info)[0, 0])
 
-    def _drawn(self, seconds: float) -> float:
+    def _draw(self, seconds: float) -> float:
         """A random price in place of the real one, when random plans are asked for."""
         return float(self.random.random()) if self.random is not None else seconds
 

@@ -193,11 +193,12 @@ class Simulation:
 
 
 def run_program(
-    program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], seed: int = 0, is_random: bool = True
+    program: Program, tensors: Mapping[str, torch.Tensor | Ranks], inputs: Mapping[str, torch.Tensor], seed: int = 0, is_random: bool = True
 ) -> Simulation:
     """Run a finished program on all ranks. tensors: global parameters and buffers by name; inputs: global, by name.
 
-    is_random: False switches dropout off.
+    A parameter or buffer may be the Ranks of an earlier simulation's `leaves` instead: training goes on with those very
+    tensors. is_random: False switches dropout off.
     """
     simulation = Simulation(program)
     env: dict[fx.Node, Any] = {}
@@ -209,7 +210,7 @@ def run_program(
             break
         if node.op == "placeholder":
             given = inputs[known.name] if known.role == "input" else tensors[known.name]
-            env[node] = _spread(given, node, program)
+            env[node] = given if isinstance(given, Ranks) else _spread(given, node, program)
             (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = env[node]
         else:
             env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)

@@ -99,7 +99,7 @@ def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value
         value = producer(node)
         if value in space.supplies and (facts(node).role == "projection" or len(facts(node).values) == 1):
             way = space.supplies[value][choice[value]]
-            facts(node).hub, facts(node).is_pinned = way.hub, bool(space.pins_of(value)) and way.hub is not None
+            facts(node).hub, facts(node).is_pinned = way.hub, bool(space.pins_of(value))
 
 
 def _report(program: Program, space: SearchSpace, solution: Solution) -> None:

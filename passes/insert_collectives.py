@@ -38,6 +38,8 @@ class InsertCollectives:
             router.plan()
         for node, layouts in wanted.items():
             replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
+        for node in program.nodes("update"):
+            facts(node).layouts = (native_layout(program.mesh.ndim, False),)
         program.is_typed = True
         return program
 

@@ -50,7 +50,7 @@ def _localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equat
         local = local_shape(known.value.shape, known.layout, sizes)
         assert local is not None
         given, dim = arguments(node)[rule.shape], arguments(node).get("dim", 0)
-        start = dim % len(known.value.shape) if rule.shape == "sizes" else 0
+        start = dim % (len(local) - len(given) + 1) if rule.shape == "sizes" else 0  # `dim` counts dims of the input
         set_argument(node, rule.shape, [g if g == -1 else n for g, n in zip(given, local[start:], strict=False)])
     if rule.piece is not None:
         pieces = equation.joined[0] if equation.joined else ()

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard.conversions import BY_NAME
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
 from autoshard.program import Facts, Program, facts, producer, set_facts, tensor_operands
+from autoshard.rules import RULES
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
 _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default", "aten.alias.default", "aten.lift_fresh_copy.default"}
+# What the emitted text itself calls by these names, besides the mesh axes.
+_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *(rule.lowering.function for rule in RULES.values() if rule.lowering)}
 _WITHOUT_GRADIENT = re.compile(r"aten\.(detach|zeros_like|ones_like|full_like|empty_like|rand_like|randn_like|new_\w+)\.")
 
 
@@ -53,7 +57,7 @@ class _Writer:
 
     def copy(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.env[node] = self._create("placeholder", _identifier(facts(node).name), (), {}, facts(node), facts(node).name)
+            self.env[node] = self._create("placeholder", self._identifier(facts(node).name), (), {}, facts(node), facts(node).name)
         elif node.op == "output":
             self._finish(node)
         elif node.op == "get_attr":
@@ -138,9 +142,16 @@ class _Writer:
 
     def _create(self, op: str, target: Any, args: tuple, kwargs: dict, new: Facts, name: str = "") -> fx.Node:
         base = name or "_".join(part for part in (new.source.module, getattr(target, "__name__", "op").split(".")[0]) if part)
-        node = self.graph.create_node(op, target, args, kwargs, name=_identifier(base))
+        node = self.graph.create_node(op, target, args, kwargs, name=self._identifier(base))
         set_facts(node, new)
         return node
+
+    def _identifier(self, text: str) -> str:
+        """`text` as a variable of the emitted program, which must not hide what the program calls."""
+        name = re.sub(r"\W", "_", text)
+        if name in _RESERVED or name in self.program.mesh.axes:
+            return f"{name}_"
+        return name if not name[:1].isdigit() else f"_{name}"
 
     def _finish(self, output: fx.Node) -> None:
         for buffer, value in self.updates.items():
@@ -148,11 +159,6 @@ class _Writer:
             set_facts(node, Facts("update", facts(buffer).values, name=facts(buffer).name))
         node = self.graph.output(self._map(output.args[0]))
         set_facts(node, Facts("output"))
-
-
-def _identifier(text: str) -> str:
-    name = re.sub(r"\W", "_", text)
-    return name if not name[:1].isdigit() else f"_{name}"
 
 
 def _drop_dead(program: Program) -> None:

@@ -1,0 +1,239 @@
+"""The main proof: random models on random meshes under random sound plans train as they do on one device.
+
+A case is a model, a mesh and a plan. On all simulated ranks, in float64: results, the gradients of parameters and inputs
+for random cotangents, buffers, and the parameters after three steps of AdamW on every rank's own shards must be the single
+device's, on every rank (not only on the first one that holds a value). Whether a gradient is None must agree too, since
+optimizers pass over such parameters. The emitted text is run as well, and must do what the graph does.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from random_graphs import Graph, Input, graphs
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from autoshard import runtime
+from autoshard.conversions import CONVERSIONS
+from autoshard.hardware import hardware_of
+from autoshard.mesh import MeshSpec
+from autoshard.passes import AnnotateShardings, EmitPrograms, FoldConstants, InsertCollectives, LocalizeShapes, NormalizeGraph, TraceModel
+from autoshard.placements import shard
+from autoshard.program import Program, facts, set_facts
+from autoshard.runner import run_passes
+from autoshard.simulator import Ranks, SimulatedAxis, Simulation, run_program
+
+MESHES = {1: ("a=2", "a=3", "a=4"), 2: ("a=2,b=2", "a=2,b=3", "a=3,b=2", "a=2,b=1"), 3: ("a=2,b=2,c=2",)}
+STEPS = 3
+_RELATIVE = 1e-9
+_SMALLEST = 0.1  # what counts as zero beside the largest value of a tensor
+
+REACHED: Counter[str] = Counter()
+
+
+# ---------------------------------------------------------------------------------------------------- the single device
+
+
+@dataclass
+class Truth:
+    """What one device computes: per step the results, gradients and input gradients, then parameters and buffers."""
+
+    steps: list[tuple[list[Tensor], dict[str, Tensor | None], dict[str, Tensor | None]]]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    cotangents: list[Tensor | None]
+
+
+def leaves_of(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def optimizer(parameters: Sequence[Tensor]) -> torch.optim.Optimizer | None:
+    return torch.optim.AdamW(parameters, 0.01, eps=1e-4, weight_decay=0.1, foreach=True) if parameters else None
+
+
+def cotangents_of(results: Sequence[Tensor]) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(len(results))
+    return [torch.randn(y.shape, dtype=y.dtype, generator=generator) if y.requires_grad else None for y in results]
+
+
+def train_alone(model: nn.Module, arguments: Mapping[str, Any]) -> Truth:
+    """Train on one device."""
+    steps, cotangents = [], []
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad])
+    for _ in range(STEPS):
+        given = {name: x.detach().requires_grad_(x.requires_grad) for name, x in arguments.items()}
+        results = leaves_of(model(**given))
+        cotangents = cotangents_of(results)
+        pairs = [(y, g) for y, g in zip(results, cotangents, strict=True) if g is not None]
+        if pairs:
+            torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+        grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        steps.append(([y.detach().clone() for y in results], grads, {name: x.grad for name, x in given.items()}))
+        if stepper is not None:
+            stepper.step()
+            stepper.zero_grad()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return Truth(steps, parameters, dict(model.named_buffers()), cotangents)
+
+
+# -------------------------------------------------------------------------------------------------------- all ranks
+
+
+@dataclass
+class Case:
+    """One traced model and what it computes on one device; planned many times."""
+
+    model: nn.Module
+    arguments: Mapping[str, Any]
+    truth: Truth
+    traced: Program
+
+    @classmethod
+    def of(cls, model: nn.Module, arguments: Mapping[str, Any]) -> Case:
+        program = Program(fx.Graph(), MeshSpec(("one",), (1,)))
+        for a_pass in (TraceModel(model, (), arguments), NormalizeGraph(), FoldConstants()):
+            program = a_pass(program)
+        return cls(model, arguments, train_alone(copy.deepcopy(model), arguments), program)
+
+    def plan(self, mesh: str, seed: int | None, outputs: str = "whole", **options: Any) -> Program:
+        """The finished program of one plan."""
+        program, hardware, whole = fresh(self.traced, MeshSpec.of(mesh)), hardware_of("h100"), outputs == "whole"
+        annotate = AnnotateShardings(hardware, seed=seed, wants_whole_outputs=whole, **options)
+        return run_passes((annotate, InsertCollectives(hardware, whole), LocalizeShapes(), EmitPrograms("Drawn")), program)
+
+    def prove(self, program: Program, is_text: bool = False) -> None:
+        """Raise AssertionError unless every rank trains as one device does. is_text: run the emitted text instead of the graph."""
+        record(program)
+        model, mesh = copy.deepcopy(self.model), program.mesh
+        held: dict[str, Any] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        held |= program.constants
+        nodes = {facts(node).name: node for node in program.nodes("parameter", "buffer")}
+        stepper, kinds = None, dict(model.named_parameters())
+        run = run_text if is_text else run_program
+        for number, (results, gradients, input_gradients) in enumerate(self.truth.steps):
+            simulation = run(program, held, self.arguments)
+            compare_results(simulation, results)
+            if any(g is not None for g in self.truth.cotangents):
+                simulation.backward(self.truth.cotangents)
+            for name, expected in gradients.items():
+                name = program.aliases.get(name, name)
+                if name in nodes:
+                    compare(f"gradient of {name} at step {number}", [x.grad for x in simulation.leaves[name].values], expected, nodes[name], mesh)
+            for node in program.nodes("input"):
+                found = [x.grad for x in simulation.inputs[facts(node).name].values]
+                compare(f"gradient of input {node.name}", found, input_gradients[facts(node).name], node, mesh)
+            held |= simulation.leaves
+            trained = [x for name in nodes if program.aliases.get(name, name) in kinds or name in program.aliases.values() for x in simulation.leaves[name].values]
+            if stepper is None:
+                stepper = optimizer([x for x in trained if x.requires_grad])
+            if stepper is not None:
+                stepper.step()
+                stepper.zero_grad()
+        for name, expected in {**self.truth.parameters, **self.truth.buffers}.items():
+            name = program.aliases.get(name, name)
+            if name in nodes:
+                compare(f"{name} after {STEPS} steps", simulation.leaves[name].values, expected, nodes[name], mesh)
+
+
+def fresh(program: Program, mesh: MeshSpec) -> Program:
+    """A copy of a traced program on another mesh."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        env[node] = graph.node_copy(node, lambda operand: env[operand])
+        env[node].name = node.name
+        set_facts(env[node], replace(facts(node)))
+    return replace(program, graph=graph, mesh=mesh, notes=[], stats={}, passes=[])
+
+
+def run_text(program: Program, held: Mapping[str, Any], arguments: Mapping[str, Tensor]) -> Simulation:
+    """Run the emitted text on all ranks: its axes convert lists of tensors."""
+    sys.modules.setdefault("autoshard_runtime", runtime)
+    space: dict[str, Any] = {"__name__": "emitted"}
+    exec(compile(program.source, "<emitted>", "exec"), space)
+    simulation = Simulation(program)
+    spread = run_program(placeholders_of(program), held, arguments)
+    simulation.leaves, simulation.inputs = spread.leaves, spread.inputs
+    axes = [SimulatedAxis(program.mesh, name) for name in program.mesh.axes]
+    rank = space["Rank"](axes, simulation.leaves.__getitem__, torch.device("cpu"))
+    result = rank.forward(*(simulation.inputs[facts(node).name] for node in program.nodes("input")))
+    nodes = list(program.output.args[0])  # type: ignore[arg-type]
+    simulation.outputs = list(result)
+    for node, value in zip(nodes, simulation.outputs, strict=True):
+        if isinstance(node, fx.Node):
+            simulation.values[node.name] = value
+    return simulation
+
+
+def placeholders_of(program: Program) -> Program:
+    """The placeholders of a program alone, to spread tensors over ranks."""
+    graph = fx.Graph()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            set_facts(graph.node_copy(node), facts(node))
+    set_facts(graph.output([]), facts(program.output))
+    return replace(program, graph=graph)
+
+
+def compare_results(simulation: Simulation, results: Sequence[Tensor]) -> None:
+    program = simulation.program
+    nodes = [node for node in program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    found = [output for output in simulation.outputs if isinstance(output, Ranks)]
+    for k, (node, output, expected) in enumerate(zip(nodes, found, results, strict=True)):
+        compare(f"result {k}", output.values, expected, node, program.mesh)
+
+
+def compare(what: str, pieces: Sequence[Tensor | None], expected: Tensor | None, node: fx.Node, mesh: MeshSpec) -> None:
+    """Every rank's piece against its part of the global value."""
+    has = [piece is not None for piece in pieces]
+    assert all(has) or not any(has), f"{what}: only some ranks have one"
+    assert has[0] == (expected is not None), f"{what}: is {'there' if has[0] else 'None'} on the ranks and {'None' if has[0] else 'there'} on one device"
+    if expected is None:
+        return
+    layout = facts(node).layout
+    scale = max(float(expected.abs().max()) if expected.numel() and expected.is_floating_point() else 1.0, _SMALLEST)
+    for at, piece in zip(mesh.coordinates(), pieces, strict=True):
+        want = shard(expected.detach(), layout, mesh, at)
+        assert piece is not None
+        assert (piece.shape, piece.dtype) == (want.shape, want.dtype), f"{what} on {at}: {piece.dtype}{tuple(piece.shape)}, not {want.dtype}{tuple(want.shape)}"
+        error = float((piece.detach().double() - want.double()).abs().max()) if want.numel() else 0.0
+        assert error <= _RELATIVE * scale, f"{what} on rank {at} of {mesh} as {layout} is off by {error:.2g}, the largest value is {scale:.2g}"
+
+
+def record(program: Program) -> None:
+    for node in program.nodes("conversion"):
+        REACHED[node.target.__name__] += 1  # type: ignore[union-attr]
+        event(f"conversion {node.target.__name__}")  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+
+def prove_graph(graph: Graph, plans: Sequence[tuple[str, int, str]]) -> None:
+    case = Case.of(graph.model(), graph.arguments())
+    for number, (mesh, seed, outputs) in enumerate(plans):
+        case.prove(case.plan(mesh, seed, outputs), is_text=number % 3 == 2)
+        REACHED["cases"] += 1
+
+
+def plans(meshes: Sequence[str], count: int) -> st.SearchStrategy[list[tuple[str, int, str]]]:
+    one = st.tuples(st.sampled_from(meshes), st.integers(0, 999), st.sampled_from(("whole", "dtensor")))
+    return st.lists(one, min_size=1, max_size=count)
+
+
+@settings(max_examples=max(settings().max_examples // 2, 1))
+@given(graphs(), plans(MESHES[1], 4))
+def test_one_axis(graph: Graph, plans: list) -> None:
+    prove_graph(graph, plans)
