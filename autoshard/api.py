@@ -43,7 +43,16 @@ def _settings(
         if given not in known:
             raise InputError(f"{name}={given!r} is not known; there are {', '.join(map(repr, known))}")
     extra = options or Options()
-    return Settings(hardware_of(hardware, device_type), template, dict(constraints or {}), memory_budget_bytes, inputs, outputs, extra.seed, extra.dump_dir)
+    return Settings(
+        hardware_of(hardware, device_type),
+        template,
+        dict(constraints or {}),
+        memory_budget_bytes,
+        inputs,
+        outputs,
+        extra.seed,
+        extra.dump_dir,
+    )
 
 
 def compile(
@@ -73,9 +82,13 @@ def compile(
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
-    settings = _settings(getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
+    settings = _settings(
+        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs
+    )
     if not isinstance(mesh, DeviceMesh):
-        raise InputError(f"compile runs on a torch DeviceMesh (init_device_mesh), got {type(mesh).__name__}; autoshard.plan takes texts and dicts")
+        raise InputError(
+            f"compile runs on a torch DeviceMesh (init_device_mesh), got {type(mesh).__name__}; autoshard.plan takes texts and dicts"
+        )
     sharded = ShardedModule(model, mesh, settings)
     if example_inputs is not None or example_kwargs is not None:
         sharded.prepare(*(example_inputs or ()), **(example_kwargs or {}))
@@ -106,7 +119,9 @@ def plan(
     return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type))
 
 
-def simulate(plan: Plan, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, seed: int = 0) -> Simulation:
+def simulate(
+    plan: Plan, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, seed: int = 0
+) -> Simulation:
     """Run all ranks of `plan` in this process and keep every value of every rank.
 
     args, kwargs: global inputs. `.values[node].values[rank]` is a local tensor, `.whole(node)` the global value,

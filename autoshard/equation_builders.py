@@ -251,8 +251,9 @@ def permute(call: Call) -> str:
     ndim = len(call.inputs[0].shape)
     order = list(range(ndim))
     if "dim0" in call.arguments:
-        a, b = call.get("dim0") % ndim, call.get("dim1") % ndim
-        order[a], order[b] = order[b], order[a]
+        if ndim:
+            a, b = call.get("dim0") % ndim, call.get("dim1") % ndim
+            order[a], order[b] = order[b], order[a]
     elif "dims" in call.arguments:
         order = [dim % ndim for dim in call.get("dims")]
     else:
@@ -289,7 +290,8 @@ def select(call: Call) -> str:
     ndim = len(call.inputs[0].shape)
     dim = call.get("dim") % ndim
     names = _names(ndim)
-    return _text(["~" + " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(names))], [" ".join(n for k, n in enumerate(names) if k != dim)])
+    source = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(names))
+    return _text(["~" + source], [" ".join(n for k, n in enumerate(names) if k != dim)])
 
 
 def _pieces(call: Call, whole: TensorInfo, parts: Sequence[TensorInfo], dim: int) -> tuple[str, list[str], Sized]:

@@ -24,7 +24,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 from autoshard.errors import RuleError
 from autoshard.placements import I, P, Placement, R, S
@@ -83,7 +83,7 @@ class _Template:
     outputs: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> _Template:
     """Read the notation. Raises RuleError that shows the part it cannot read."""
     left, arrow, right = text.partition("->")
@@ -127,12 +127,14 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
     """
     template = parse(text)
     if len(template.inputs) < len(inputs) or len(template.outputs) != len(outputs):
-        raise RuleError(f"rule {text!r} describes {len(template.inputs)} inputs and {len(template.outputs)} outputs, got {len(inputs)} and {len(outputs)}")
+        described = f"{len(template.inputs)} inputs and {len(template.outputs)} outputs"
+        raise RuleError(f"rule {text!r} describes {described}, got {len(inputs)} and {len(outputs)}")
     found: dict[str, int] = dict(sizes or {})
     whole: set[str] = set()
     operands, shapes = [*template.inputs[: len(inputs)], *template.outputs], [tuple(s) for s in (*inputs, *outputs)]
     expanded = [_expand(mark_terms, shape, whole, text) for mark_terms, shape in zip(operands, shapes, strict=True)]
-    for (dims, joined, _), shape in sorted(zip(expanded, shapes, strict=True), key=lambda pair: max((len(d) for d in pair[0][0]), default=0)):
+    plainest_first = sorted(zip(expanded, shapes, strict=True), key=lambda pair: max((len(dim) for dim in pair[0][0]), default=0))
+    for (dims, joined, _), shape in plainest_first:
         for dim, is_joined, size in zip(dims, joined, shape, strict=True):
             _bind_dim(dim, is_joined, size, found, text, shapes)
     groups = {dim for dims, joined, _ in expanded for dim, is_joined in zip(dims, joined, strict=True) if is_joined}
@@ -141,7 +143,8 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
         kept = tuple(() if size == 1 and len(dim) == 1 and found[dim[0]] != 1 else dim for dim, size in zip(dims, shape, strict=True))
         lost = [dim[0] for dim, rest in zip(dims, kept, strict=True) if dim and not rest and dim[0] not in whole]
         if lost and position >= len(inputs):
-            raise RuleError(f"rule {text!r} does not fit shapes {shapes}: an output has length 1 along {lost[0]!r}; write 1 there if it is reduced")
+            where = f"an output has length 1 along {lost[0]!r}"
+            raise RuleError(f"rule {text!r} does not fit shapes {shapes}: {where}; write 1 there if it is reduced")
         bound.append(Operand(kept, joined, mark == "+", mark == "~"))
     return Equation(tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)))
 
@@ -153,11 +156,12 @@ def _expand(operand: tuple, shape: tuple[int, ...], whole: set[str], text: str) 
     count = len(shape) - (len(terms) - len(variadic))
     if count < 0 or len(variadic) > 1 or (count and not variadic):
         raise RuleError(f"rule {text!r} does not fit a tensor of shape {tuple(shape)}")
-    dims, joined = [], []
+    dims: list[Dim] = []
+    joined: list[bool] = []
     for kind, names in terms:
         if kind == "variadic" or names[0].endswith("*"):
-            factors = [(f"{names[0].rstrip('*')}.{k}",) for k in reversed(range(count))]
-            whole.update(f for (f,) in factors if kind == "whole")
+            factors: list[Dim] = [(f"{names[0].rstrip('*')}.{k}",) for k in reversed(range(count))]
+            whole.update(f[0] for f in factors if kind == "whole")
             dims += factors
             joined += [False] * count
         else:

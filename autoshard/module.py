@@ -7,7 +7,6 @@ decides where parameters rest; later ones are planned with those layouts given.
 from __future__ import annotations
 
 import copy
-import hashlib
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,9 +21,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from autoshard import runtime
+from autoshard.agreement import agree, content
 from autoshard.constraints import Template
-from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
-from autoshard.hardware import Hardware, hardware_of
+from autoshard.equation_builders import TensorInfo
+from autoshard.errors import InputError, MeshError, PlanError
+from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, S, shard
 from autoshard.plan import Plan
@@ -66,7 +67,9 @@ def layout_of(tensor: DTensor, needs_grad: bool) -> Layout:
         elif isinstance(placement, Replicate):
             found.append(I if needs_grad else R)
         else:
-            raise InputError(f"a DTensor argument with placement {placement} cannot enter the program; redistribute it to Shard or Replicate")
+            raise InputError(
+                f"a DTensor argument with placement {placement} cannot enter the program; redistribute it to Shard or Replicate"
+            )
     return tuple(found)
 
 
@@ -89,7 +92,9 @@ class ShardedModule(nn.Module):
         for path, module in model.named_modules(remove_duplicate=False):
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 if id(buffer) not in tensors:
-                    tensors[id(buffer)] = buffer.detach().clone() if buffer.device.type == "meta" else buffer.detach().to(state.device, copy=True)
+                    tensors[id(buffer)] = (
+                        buffer.detach().clone() if buffer.device.type == "meta" else buffer.detach().to(state.device, copy=True)
+                    )
                 owner = _place(self, f"{path}.{name}" if path else name)
                 owner.register_buffer(name, tensors[id(buffer)], persistent=name not in module._non_persistent_buffers_set)
         super().train(model.training)
@@ -150,21 +155,35 @@ class ShardedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
         own = self.state_dict()
-        wrong = [f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}" for k, v in state_dict.items() if k in own and v.shape != own[k].shape]
-        if wrong:
-            raise PlanError("cannot load this state dict, nothing was changed: " + "; ".join(wrong[:5]))
+        faults = [
+            f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}"
+            for k, v in state_dict.items()
+            if k in own and v.shape != own[k].shape
+        ]
+        if strict:
+            faults += [f"{name} is missing" for name in own if name not in state_dict]
+            faults += [f"{name} is not in the model" for name in state_dict if name not in own]
+        if faults:
+            shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+            raise PlanError(f"cannot load this state dict, nothing was changed: {shown}")
         with torch.no_grad():
             given = {name: self._distributed(name, value) for name, value in state_dict.items()}
             result = super().load_state_dict(given, strict=strict, assign=assign)
         self._state.forget_constants()
         return result
 
-    def materialize(self, value_of: Callable[[str], torch.Tensor] | Mapping[str, torch.Tensor], device: torch.device | str | None = None) -> ShardedModule:
+    def materialize(
+        self, value_of: Callable[[str], torch.Tensor] | Mapping[str, torch.Tensor], device: torch.device | str | None = None
+    ) -> ShardedModule:
         """Give memory to a model that was compiled on the meta device.
 
         value_of: the global value of a parameter or buffer by name, asked for one at a time; every rank keeps its part
-        and drops the rest, so that no rank ever holds the whole model.
+        and drops the rest, so that no rank ever holds the whole model. Raises PlanError before there is a plan.
         """
+        if self._state.layouts is None:
+            raise PlanError(
+                "plan before materialize, so that each rank keeps its part only: pass example_inputs to autoshard.compile, or call prepare"
+            )
         get = value_of.__getitem__ if isinstance(value_of, Mapping) else value_of
         place = torch.device(device) if device is not None else self._state.device
         done: set[int] = set()
@@ -194,6 +213,11 @@ class ShardedModule(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ShardedModule:
         result = super()._apply(fn, recurse)
+        tensors = zip([*self.parameters(), *self.buffers()], [*self._state.source.parameters(), *self._state.source.buffers()], strict=True)
+        for mine, original in tensors:
+            if mine.dtype != original.dtype:  # programs are traced with dtypes
+                original.data = original.data.to(mine.dtype)
+                self._state.ready.clear()
         self._state.forget_constants()
         return result
 
@@ -209,36 +233,44 @@ class ShardedModule(nn.Module):
         new = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
         return nn.Parameter(new, requires_grad=like.requires_grad)
 
-    def _distributed(self, name: str, value: Any) -> Any:
-        target = dict(self.named_parameters(remove_duplicate=False)).get(name)
-        if not isinstance(target, DTensor) or isinstance(value, DTensor) or not isinstance(value, torch.Tensor):
+    def _distributed(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A global value, or a DTensor of any layout, as a DTensor that lies like the parameter `name`."""
+        target: Any = dict(self.named_parameters(remove_duplicate=False)).get(name)
+        if target is None:
             return value
-        return self._wrapped(self._piece(name, value.detach()).to(self._state.device, target.dtype), target)
+        if isinstance(value, DTensor):
+            if value.device_mesh == target.device_mesh and value.placements == target.placements:
+                return value
+            value = value.full_tensor()
+        return self._wrapped(self._piece(name, value.detach()).to(target.to_local().device, target.dtype), target)
 
     def _shard_parameters(self, plan: Plan) -> None:
         """Swap replicated parameters for the planned shards, keeping the Parameter objects that optimizers hold."""
         state = self._state
         if state.layouts is not None:
             return
-        state.layouts, state.aliases = plan.parameter_layouts, plan.program.aliases
+        state.layouts = {name: tuple(I if p == R else p for p in layout) for name, layout in plan.parameter_layouts.items()}
+        state.aliases = plan.program.aliases
         mesh = state.mesh
         for name, parameter in self.named_parameters():
             layout = self._layout(name)
             if all(p.is_whole for p in layout):
                 continue
             local = self._piece(name, parameter.to_local().detach())
-            new = DTensor.from_local(local, mesh, torch_placements(layout), run_check=False, shape=parameter.shape, stride=parameter.stride())
+            new = DTensor.from_local(
+                local, mesh, torch_placements(layout), run_check=False, shape=parameter.shape, stride=parameter.stride()
+            )
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> _Ready:
         """Plan, agree with the other ranks that all run the same program, and load it."""
         state, plan = self._state, None
-        failure: AutoshardError | None = None
+        failure: Exception | None = None
         try:
             for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
                 original.requires_grad_(parameter.requires_grad)
-            plan = next((p for p in state.adopted if _fits(p, args, kwargs, leaves, self.training)), None) or self._plan(args, kwargs, leaves)
-        except AutoshardError as error:
+            plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves)
+        except Exception as error:  # whatever stops one rank must stop the others too
             failure = error
         shapes = str([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)])
         self._agree(
@@ -249,6 +281,7 @@ class ShardedModule(nn.Module):
                 "program": plan.fingerprint if plan else "",
             },
             failure,
+            plan.program.source if plan else "",
         )
         assert plan is not None
         self._shard_parameters(plan)
@@ -270,6 +303,21 @@ class ShardedModule(nn.Module):
             fixed_parameters=state.layouts or {},
         )
         return make_plan(request)
+
+    def _fits(self, plan: Plan, args: tuple, kwargs: dict, leaves: list[Any]) -> bool:
+        """Whether a plan that was made elsewhere is for this mode, structure, constants, shapes, layouts and trainable parameters."""
+        program = plan.program
+        if program.is_training != self.training or str(program.in_spec) != str(pytree.tree_structure((args, kwargs))):
+            return False
+        if program.baked != tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)):
+            return False
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters(remove_duplicate=False)}
+        if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
+            return False
+        given = [(_described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        inputs = {facts(node).name: facts(node) for node in program.nodes("input")}
+        wanted = [(inputs[name].value, inputs[name].layout) for name in program.flat_inputs if name is not None]
+        return given == wanted
 
     def _batch_axes(self) -> tuple[int, ...]:
         """Axes that hold different parts of the batch when inputs are local: `dp` if there is one, else the first."""
@@ -296,7 +344,12 @@ class ShardedModule(nn.Module):
 
     def _check_inputs(self, leaves: list[Any]) -> None:
         """At the first step of a program: arguments lie where they should, and plain ones are equal on all ranks."""
-        failure: AutoshardError | None = None
+        failure: Exception | None = None
+        without_memory = [name for name, tensor in [*self.named_parameters(), *self.named_buffers()] if tensor.is_meta]
+        if without_memory:
+            failure = InputError(
+                f"{without_memory[0]} and {len(without_memory) - 1} more are on the meta device; call materialize before the first step"
+            )
         for leaf in leaves:
             if isinstance(leaf, DTensor) and MeshSpec.of(leaf.device_mesh) != self._state.spec:
                 failure = InputError(f"a DTensor argument lies on mesh {MeshSpec.of(leaf.device_mesh)}, the model on {self._state.spec}")
@@ -304,22 +357,10 @@ class ShardedModule(nn.Module):
                 failure = InputError(f"an argument is on {leaf.device}, the model on {self._state.device}; move it there first")
         plain = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor)]
         is_global = self._state.settings.inputs == "global"
-        self._agree({"values of arguments": str([_content(leaf) for leaf in plain]) if is_global and failure is None else ""}, failure)
+        self._agree({"values of arguments": str([content(leaf) for leaf in plain]) if is_global and failure is None else ""}, failure)
 
-    def _agree(self, mine: Mapping[str, str], failure: AutoshardError | None) -> None:
-        """Compare `mine` across ranks; raise on every rank where they differ or where any rank failed."""
-        everyone = self._state.exchange({**mine, "error": str(failure or ""), "seed": torch.initial_seed()})
-        if failure is not None:
-            raise failure
-        failed = [f"rank {rank}: {other['error']}" for rank, other in enumerate(everyone) if other["error"]]
-        if failed:
-            raise PlanError("stopped, because other ranks failed: " + "; ".join(failed))
-        for what in mine:
-            groups: dict[str, list[int]] = {}
-            for rank, other in enumerate(everyone):
-                groups.setdefault(other.get(what, "nothing (they run another program)"), []).append(rank)
-            if len(groups) > 1:
-                raise InputError(_disagreement(what, groups))
+    def _agree(self, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> None:
+        everyone = agree(self._state.exchange, mine, failure, text)
         if self._state.base_seed is None:
             self._state.base_seed = everyone[0]["seed"]
 
@@ -394,7 +435,11 @@ class _Ready:
         results = self.program.forward(*(x.to_local() if isinstance(x, DTensor) else x for x in given))
         if self.as_dtensors:
             results = [
-                DTensor.from_local(x, mesh, torch_placements(known.layout), run_check=False, shape=torch.Size(shape), stride=_strides(shape)) if shape else x
+                DTensor.from_local(
+                    x, mesh, torch_placements(known.layout), run_check=False, shape=torch.Size(shape), stride=_strides(shape)
+                )
+                if shape
+                else x
                 for x, (known, shape) in zip(results, self.results, strict=True)
             ]
         return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
@@ -404,7 +449,9 @@ def _strides(shape: Iterable[int]) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta").stride()
 
 
-def load_program(plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]) -> Any:
+def load_program(
+    plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]
+) -> Any:
     """Execute the emitted text in memory: the text that `plan.emit` writes."""
     sys.modules.setdefault("autoshard_runtime", runtime)
     filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
@@ -437,7 +484,9 @@ def _without_memory(model: nn.Module) -> nn.Module:
 
 def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
     if not dist.is_initialized():
-        raise MeshError("torch.distributed is not initialised; call torch.distributed.init_process_group first, or use autoshard.plan to only plan")
+        raise MeshError(
+            "torch.distributed is not initialised; call torch.distributed.init_process_group first, or use autoshard.plan to only plan"
+        )
     if mesh.get_coordinate() is None:
         raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
     if spec.size > dist.get_world_size():
@@ -450,32 +499,5 @@ def _leaf_key(leaf: Any) -> Any:
     return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else ("value", repr(leaf))
 
 
-def _fits(plan: Plan, args: tuple, kwargs: dict, leaves: list[Any], is_training: bool) -> bool:
-    """Whether a plan that was made elsewhere is for this mode, structure and these shapes."""
-    program = plan.program
-    if program.is_training != is_training or str(program.in_spec) != str(pytree.tree_structure((args, kwargs))):
-        return False
-    inputs = {facts(node).name: facts(node).value for node in program.nodes("input")}
-    named = zip(program.flat_inputs, leaves, strict=True)
-    return all(
-        isinstance(leaf, torch.Tensor) and tuple(leaf.shape) == inputs[name].shape and leaf.dtype == inputs[name].dtype for name, leaf in named if name
-    )
-
-
-def _content(leaf: torch.Tensor) -> str:
-    raw = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
-    return hashlib.sha256(raw).hexdigest()[:16]
-
-
-def _disagreement(what: str, groups: Mapping[str, list[int]]) -> str:
-    shown = "; ".join(f"ranks {', '.join(map(str, ranks))} have {value}" for value, ranks in groups.items())
-    advice = {
-        "values of arguments": "Plain tensors are the global batch, the same on every rank: seed the data loader alike, or pass inputs='local' "
-        "when each rank loads its own part of the batch.",
-        "shapes of arguments": "Plain tensors are the global batch, the same on every rank.",
-        "mode": "Call train() or eval() on every rank.",
-        "versions": "Install one version everywhere.",
-        "program": "The model or its configuration differs between ranks.",
-    }[what]
-    return f"ranks disagree on the {what}, stopped before the first step: {shown}. {advice}"
-
+def _described(tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,10 +18,11 @@ from autoshard import plan_file
 from autoshard.checker import check
 from autoshard.costs import CostModel, traffic
 from autoshard.equation_builders import TensorInfo
-from autoshard.errors import PlanError
+from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, format_layout
+from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
 from autoshard.text import human_bytes, human_seconds, short_dtype
 
@@ -94,19 +96,21 @@ class Plan:
         """Parameters with shapes and layouts, equal layers in one row, and what a step communicates."""
         cost = CostModel(self.mesh, self.hardware)
         title = f"{self.model_name} on {self.mesh} ({self.hardware.name}), predicted step {human_seconds(self.program.stats.get('objective_s', 0.0))}"
-        table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left")
-        for name in ("parameter", "count", "shape", "layout", "bytes per rank"):
-            table.add_column(name, justify="right" if name in ("count", "bytes per rank") else "left", overflow="fold")
+        table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for name in ("parameter", "shape", "layout"):
+            table.add_column(name, overflow="fold")
+        table.add_column("bytes/rank", justify="right", no_wrap=True)
         rows: dict[tuple, list[TensorInfo]] = {}
         for name, node in self.program.parameters().items():
             layout, value = facts(node).layout, facts(node).value
             rows.setdefault((re.sub(r"\b\d+\b", "*", name), value.shape, layout), []).append(value)
         for (name, shape, layout), values in rows.items():
             held = sum(cost.local_bytes(value, layout) for value in values)
-            table.add_row(name, str(len(values)), f"{short_dtype(values[0].dtype)}{list(shape)}", format_layout(layout, self.mesh), human_bytes(held))
+            shown = name if len(values) == 1 else f"{name} x{len(values)}"
+            table.add_row(shown, f"{short_dtype(values[0].dtype)}{list(shape)}", format_layout(layout, self.mesh), human_bytes(held))
         table.add_section()
         for collective, count in self.stats["wire_bytes_per_step"].items():
-            table.add_row(f"{collective}, sent per step", "", "", "", human_bytes(count))
+            table.add_row(f"sent per step by {collective}", "", "", human_bytes(count))
         return table
 
     def __repr__(self) -> str:
@@ -117,7 +121,9 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
         extra = {name: getattr(self, name) for name in ("model_name", "inputs", "outputs", "template")}
-        Path(path).write_text(plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": vars(self.hardware)}))
+        Path(path).write_text(
+            plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": vars(self.hardware)})
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -127,15 +133,18 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
         program, body = plan_file.loads(text)
-        check(program)
         from autoshard.passes import EmitPrograms
 
         try:
+            check(program)
             hardware = Hardware(**body["hardware"])
             plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan {path} lacks a field: {error}") from error
-        EmitPrograms(plan.model_name)(program)
+            EmitPrograms(plan.model_name)(program)
+        except AutoshardError:
+            raise
+        except Exception as error:  # whatever a graph from a file provokes
+            raise PlanError(f"the plan {path} does not describe a program: {type(error).__name__}: {error}") from error
+        check_source(program.source)
         return plan
 
     def emit(self, folder: str | Path) -> Path:
@@ -151,7 +160,9 @@ class Plan:
     def check_model(self, model: nn.Module) -> None:
         """Raise PlanError unless `model` has the parameters and buffers that this plan was made for."""
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-        planned = {facts(n).name: facts(n) for n in self.program.nodes("parameter", "buffer") if facts(n).name not in self.program.constants}
+        planned = {
+            facts(n).name: facts(n) for n in self.program.nodes("parameter", "buffer") if facts(n).name not in self.program.constants
+        }
         wrong = [f"{name} {list(known.value.shape)} is missing" for name, known in planned.items() if name not in own]
         for name, known in planned.items():
             if name in own and (tuple(own[name].shape), own[name].dtype) != (known.value.shape, known.value.dtype):
@@ -160,7 +171,9 @@ class Plan:
         extra = [n for n, p in model.named_parameters() if n not in planned and self.program.aliases.get(n, n) not in planned]
         wrong += [f"{name} is not in the plan" for name in extra]
         if wrong:
-            raise PlanError(f"this plan was made for another {self.model_name}: " + "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else ""))
+            raise PlanError(
+                f"this plan was made for another {self.model_name}: " + "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
+            )
 
     def apply(self, model: nn.Module, mesh: DeviceMesh) -> ShardedModule:
         """Shard `model` over the processes of `mesh` as planned. Raises PlanError for another model or mesh."""
@@ -170,8 +183,9 @@ class Plan:
         if given != self.mesh:
             raise PlanError(f"this plan is for mesh {self.mesh}, not {given}; plan again for that mesh")
         self.check_model(model)
-        settings = Settings(hardware=self.hardware, inputs=self.inputs, outputs=self.outputs, constraints=dict(self.constraints), template=self.template)
+        settings = Settings(
+            hardware=self.hardware, inputs=self.inputs, outputs=self.outputs, constraints=dict(self.constraints), template=self.template
+        )
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)
         return sharded
-

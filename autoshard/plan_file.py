@@ -20,20 +20,18 @@ import numpy as np
 import torch
 from torch import fx
 
-from autoshard import runtime
-from autoshard.conversions import BY_NAME
 from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Strategy
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.mesh import MeshSpec
 from autoshard.placements import Placement, format_layout, parse_layout
+from autoshard.plan_schema import FUNCTIONS, check_body, check_facts, check_node, check_spec, require
 from autoshard.program import Facts, Program, Source, facts, set_facts
 from autoshard.rules import RULES
 from autoshard.torch_internals import pytree
 
 VERSION = 1
 _FACTORIES = {f"aten.{name}" for name in ("arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default", "eye.default", "scalar_tensor.default")}  # fmt: skip
-_FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, "embedding", "cross_entropy", "batch_norm", "mean")}
 _TORCH = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 
 
@@ -48,17 +46,20 @@ def loads(text: str) -> tuple[Program, dict[str, Any]]:
     try:
         body = json.loads(text)
         checksum = body.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise PlanError(f"this is not a plan, or a truncated one: {error}") from error
     if body.get("version") != VERSION:
         raise PlanError(f"the plan has format version {body.get('version')}, this autoshard reads {VERSION}; plan again with this version")
     if checksum != digest(body):
-        raise PlanError("the plan was altered after it was saved (its checksum differs); plan again, and change constraints rather than the file")
+        raise PlanError(
+            "the plan was altered after it was saved (its checksum differs); plan again, and change constraints rather than the file"
+        )
     try:
+        check_body(body)
         return _read_program(body["program"]), body
     except AutoshardError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
         raise PlanError(f"the plan does not describe a program: {type(error).__name__}: {error}") from error
 
 
@@ -73,6 +74,7 @@ def _program(program: Program) -> dict[str, Any]:
         "in_spec": pytree.treespec_dumps(program.in_spec),
         "out_spec": pytree.treespec_dumps(program.out_spec),
         "flat_inputs": program.flat_inputs,
+        "baked": program.baked,
         "aliases": program.aliases,
         "notes": program.notes,
         "passes": program.passes,
@@ -84,21 +86,31 @@ def _program(program: Program) -> dict[str, Any]:
 
 def _read_program(body: dict[str, Any]) -> Program:
     mesh = MeshSpec(tuple(body["mesh"]["axes"]), tuple(body["mesh"]["shape"]))
+    check_spec(body["in_spec"])
+    check_spec(body["out_spec"])
     try:
         in_spec, out_spec = pytree.treespec_loads(body["in_spec"]), pytree.treespec_loads(body["out_spec"])
     except NotImplementedError as error:
-        raise PlanError(f"the plan's inputs or outputs use a container type that is not registered here; import its library first: {error}") from error
+        raise PlanError(
+            f"the plan's inputs or outputs use a container type that is not registered here; import its library first: {error}"
+        ) from error
     program = Program(fx.Graph(), mesh, body["is_training"], in_spec=in_spec, out_spec=out_spec)
-    program.flat_inputs, program.aliases = tuple(body["flat_inputs"]), dict(body["aliases"])
+    program.flat_inputs, program.baked, program.aliases = tuple(body["flat_inputs"]), tuple(body["baked"]), dict(body["aliases"])
     program.notes, program.passes, program.stats = list(body["notes"]), list(body["passes"]), dict(body["stats"])
     program.constants = {name: _read_tensor(value) for name, value in body["constants"].items()}
     known: dict[str, fx.Node] = {}
     for entry in body["nodes"]:
         node = program.graph.create_node(
-            entry["kind"], _read_target(entry["target"], entry["kind"]), _decode(entry["args"], known), _decode(entry["kwargs"], known), name=entry["name"]
+            entry["kind"],
+            _read_target(entry["target"], entry["kind"]),
+            _decode(entry["args"], known),
+            _decode(entry["kwargs"], known),
+            name=entry["name"],
         )
         known[entry["name"]] = node
+        check_facts(entry["facts"], mesh)
         set_facts(node, _read_facts(entry["facts"], mesh))
+        check_node(node.op, node.target, node.kwargs, facts(node), mesh)
     program.is_typed = program.is_localized = True
     return program
 
@@ -130,15 +142,19 @@ def _read_target(name: str, kind: str) -> Any:
     if name == "getitem":
         return operator.getitem
     if name.startswith("runtime:"):
-        if name[8:] not in _FUNCTIONS:
+        if name[8:] not in FUNCTIONS:
             raise PlanError(f"the plan calls {name[8:]!r}, which is not a function of the runtime")
-        return _FUNCTIONS[name[8:]]
+        return FUNCTIONS[name[8:]]
     return _read_op(name)
 
 
 def _read_op(name: str) -> torch._ops.OpOverload:
-    namespace, packet, overload = name.split(".")
-    op = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    op: Any = torch.ops
+    namespace, *_ = parts = name.split(".")
+    for part in parts:
+        op = getattr(op, part, None)
+    if not isinstance(op, torch._ops.OpOverload):
+        raise PlanError(f"the plan calls {name!r}, which is no torch op here; import the library that defines it first")
     arguments = op._schema.arguments
     reads_tensor = any("Tensor" in str(argument.type) for argument in arguments)
     writes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in arguments)
@@ -182,11 +198,15 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
     if kind == "device":
         return torch.device(inner)
     if kind == "float":
+        require(inner in ("inf", "-inf", "nan"), f"a number {inner!r}")
         return float(inner)
     found = getattr(torch, inner)
-    if kind not in _TORCH or not isinstance(found, _TORCH[kind]):
-        raise PlanError(f"the plan holds {value}, which is no {kind}")
+    require(kind in _TORCH and isinstance(found, _TORCH[kind]), f"{inner!r} is no {kind}")
     return found
+
+
+def _dtype(name: str) -> torch.dtype:
+    return _decode({"dtype": name}, {})
 
 
 def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
@@ -198,21 +218,31 @@ def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
         "hub": None if known.hub is None else format_layout(known.hub, mesh),
         "op": None if known.op is None else str(known.op),
         "random_axes": known.random_axes,
-        "source": list(dataclasses.astuple(known.source)),
+        "source": [_one_line(part) for part in dataclasses.astuple(known.source)],
     }
     for name in ("name", "site", "is_constant", "is_persistent", "is_pinned"):
         body[name] = getattr(known, name)
     return body
 
 
+def _one_line(part: Any) -> Any:
+    return "".join(letter if letter.isprintable() else " " for letter in part) if isinstance(part, str) else part
+
+
 def _read_facts(body: dict[str, Any], mesh: MeshSpec) -> Facts:
-    values = tuple(TensorInfo(tuple(shape), getattr(torch, dtype), needs_grad) for shape, dtype, needs_grad in body["values"])
-    strategies = tuple(Strategy(tuple(map(Placement.parse, i)), tuple(map(Placement.parse, o)), factor) for i, o, factor in body["strategies"])
-    known = Facts(body["role"], values, body["name"], Source(*body["source"]), tuple(parse_layout(text, mesh) for text in body["layouts"]), strategies)
+    values = tuple(TensorInfo(tuple(shape), _dtype(dtype), needs_grad) for shape, dtype, needs_grad in body["values"])
+    strategies = tuple(
+        Strategy(tuple(map(Placement.parse, i)), tuple(map(Placement.parse, o)), factor) for i, o, factor in body["strategies"]
+    )
+    known = Facts(
+        body["role"], values, body["name"], Source(*body["source"]), tuple(parse_layout(text, mesh) for text in body["layouts"]), strategies
+    )
     known.hub = None if body["hub"] is None else parse_layout(body["hub"], mesh)
     known.op = None if body["op"] is None else _read_op(body["op"])
     known.random_axes = None if body["random_axes"] is None else tuple(body["random_axes"])
-    known.site, known.is_constant, known.is_persistent, known.is_pinned = (body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned"))
+    known.site, known.is_constant, known.is_persistent, known.is_pinned = (
+        body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned")
+    )
     return known
 
 
@@ -223,4 +253,4 @@ def _tensor(value: torch.Tensor) -> dict[str, Any]:
 
 def _read_tensor(body: dict[str, Any]) -> torch.Tensor:
     raw = np.frombuffer(base64.b64decode(body["data"]), dtype=np.uint8).copy()
-    return torch.from_numpy(raw).view(getattr(torch, body["dtype"])).reshape(body["shape"])
+    return torch.from_numpy(raw).view(_dtype(body["dtype"])).reshape(body["shape"])

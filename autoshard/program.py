@@ -97,7 +97,7 @@ class Program:
     """One traced forward pass on a mesh.
 
     is_typed: conversions stand between all layouts, so the checker may judge. is_localized: ops are written for local
-    tensors. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in.
+    tensors. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in (`baked`: as texts).
     outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
     parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
     names of those that ran. constants: values of tensors that the
@@ -112,6 +112,7 @@ class Program:
     in_spec: Any = None
     out_spec: Any = None
     flat_inputs: tuple[str | None, ...] = ()
+    baked: tuple[str, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)

@@ -147,7 +147,8 @@ def register_rule(op: str, equation: str, *, bound: Literal["matmul", "memory"] 
     """Add the row of a custom op: `register_rule("mylib::scale", "~b* i, i -> b* i")`.
 
     op: `namespace::name` or `namespace::name.overload`. equation: one operand per tensor argument, in schema order; a
-    factor that the outputs lack is taken to be summed, write `[i]` where it is not. Sound only if the equation is.
+    factor that the outputs lack is taken to be summed, write `[i]` where it is not. Sound only if the equation is:
+    autoshard.testing.check_rule proves it by execution.
     Raises RuleError when the equation does not parse or the op does not exist.
     """
     parse(equation)

@@ -143,7 +143,7 @@ class OpCase:
         """Every rank's operands and results under `candidate`, after backward."""
         program, node = self.program(candidate)
         generator = torch.Generator().manual_seed(1)
-        env = {}
+        env: dict[fx.Node, Any] = {}
         for operand, x, layout in zip(tensor_operands(node), self.operands, candidate.inputs, strict=True):
             pieces = spread(x.detach(), layout, self.mesh, generator)
             env[operand] = Ranks([piece.requires_grad_(_wants_gradient(x)) for piece in pieces])
@@ -162,7 +162,7 @@ class OpCase:
 
     def _node(self) -> tuple[fx.Node, dict[fx.Node, Tensor]]:
         """The op on placeholders, in a graph of its own; the tensor that each placeholder stands for."""
-        graph, tensors = fx.Graph(), {}
+        graph, tensors = fx.Graph(), dict[fx.Node, Tensor]()
 
         def stand_in(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -171,8 +171,8 @@ class OpCase:
             tensors[placeholder] = value
             return placeholder
 
-        args, kwargs = fx.node.map_aggregate((self.args, dict(self.kwargs)), stand_in)  # type: ignore[misc]
-        node = graph.call_function(self.op, args, kwargs)  # type: ignore[arg-type]
+        args, kwargs = fx.node.map_aggregate((self.args, dict(self.kwargs)), stand_in)
+        node = graph.call_function(self.op, args, kwargs)
         set_facts(node, Facts("op"))
         return node, tensors
 

@@ -110,6 +110,7 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
     program.flat_inputs = tuple(
         node.name if isinstance(leaf, torch.Tensor) else None for node, leaf in zip(user_inputs, leaves, strict=True)
     )
+    program.baked = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor))
     grads = {node.name: wanted for node, wanted in zip(user_inputs, wants_grad, strict=True)}
     bodies = [sub.graph for sub in exported.graph_module.modules() if isinstance(sub, fx.GraphModule)]
     for node in (node for graph in bodies for node in graph.nodes):

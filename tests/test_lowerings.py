@@ -5,7 +5,7 @@ tests/test_rules.py proves the same functions op by op; here the plan is fixed, 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ MESH = MeshSpec.of("a=2,b=2")
 
 
 @pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every collective that moves data: its name and how many numbers each rank gives."""
     sent: list[tuple[str, int]] = []
     run, maximum = SimulatedAxis.run, SimulatedAxis.maximum
@@ -39,7 +39,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
 
     monkeypatch.setattr(SimulatedAxis, "run", counting_run)
     monkeypatch.setattr(SimulatedAxis, "maximum", counting_maximum)
-    yield sent
+    return sent
 
 
 def x(*shape: int, seed: int = 0) -> Tensor:

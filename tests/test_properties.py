@@ -9,6 +9,8 @@ optimizers pass over such parameters. The emitted text is run as well, and must 
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 from random_graphs import Graph, Input, graphs
 from torch import Tensor, fx, nn
@@ -29,7 +31,7 @@ from autoshard.conversions import CONVERSIONS
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.passes import AnnotateShardings, EmitPrograms, FoldConstants, InsertCollectives, LocalizeShapes, NormalizeGraph, TraceModel
-from autoshard.placements import shard
+from autoshard.placements import I, Layout, R, S, local_shape, shard
 from autoshard.program import Program, facts, set_facts
 from autoshard.runner import run_passes
 from autoshard.simulator import Ranks, SimulatedAxis, Simulation, run_program
@@ -107,15 +109,17 @@ class Case:
             program = a_pass(program)
         return cls(model, arguments, train_alone(copy.deepcopy(model), arguments), program)
 
-    def plan(self, mesh: str, seed: int | None, outputs: str = "whole", **options: Any) -> Program:
-        """The finished program of one plan."""
+    def plan(self, mesh: str, seed: int | None, outputs: str = "whole", entries: Mapping[str, Layout] | None = None, **options: Any) -> Program:
+        """The finished program of one plan. entries: how inputs are given, whole when not named."""
         program, hardware, whole = fresh(self.traced, MeshSpec.of(mesh)), hardware_of("h100"), outputs == "whole"
+        for node in program.nodes("input"):
+            if entries:
+                facts(node).layouts = (entries[facts(node).name],)
         annotate = AnnotateShardings(hardware, seed=seed, wants_whole_outputs=whole, **options)
         return run_passes((annotate, InsertCollectives(hardware, whole), LocalizeShapes(), EmitPrograms("Drawn")), program)
 
     def prove(self, program: Program, is_text: bool = False) -> None:
         """Raise AssertionError unless every rank trains as one device does. is_text: run the emitted text instead of the graph."""
-        record(program)
         model, mesh = copy.deepcopy(self.model), program.mesh
         held: dict[str, Any] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         held |= program.constants
@@ -170,7 +174,7 @@ def run_text(program: Program, held: Mapping[str, Any], arguments: Mapping[str, 
     rank = space["Rank"](axes, simulation.leaves.__getitem__, torch.device("cpu"))
     result = rank.forward(*(simulation.inputs[facts(node).name] for node in program.nodes("input")))
     nodes = list(program.output.args[0])  # type: ignore[arg-type]
-    simulation.outputs = list(result)
+    simulation.outputs = [Ranks([x] * program.mesh.size) if isinstance(x, Tensor) else x for x in result]  # a constant is the same everywhere
     for node, value in zip(nodes, simulation.outputs, strict=True):
         if isinstance(node, fx.Node):
             simulation.values[node.name] = value
@@ -221,19 +225,80 @@ def record(program: Program) -> None:
 # -------------------------------------------------------------------------------------------------------- properties
 
 
-def prove_graph(graph: Graph, plans: Sequence[tuple[str, int, str]]) -> None:
+@dataclass(frozen=True)
+class Drawn:
+    """How to plan one case. inputs: a number that draws how tensors are given, or None: whole; resting: another plan's seed.
+
+    With `resting` the parameters already lie where that plan puts them, as for the second program of a compiled model.
+    """
+
+    mesh: str
+    seed: int
+    outputs: str
+    inputs: int | None = None
+    resting: int | None = None
+    is_text: bool = False
+
+
+def drawn_plans(meshes: Sequence[str]) -> st.SearchStrategy[Drawn]:
+    seeds = st.integers(0, 9999)
+    given_split = st.one_of(st.none(), st.none(), seeds)
+    return st.builds(Drawn, st.sampled_from(meshes), seeds, st.sampled_from(("whole", "dtensor")), given_split, given_split, st.integers(0, 2).map(lambda k: k == 2))
+
+
+def plan_case(case: Case, drawn: Drawn) -> Program:
+    mesh, options = MeshSpec.of(drawn.mesh), {}
+    if drawn.resting is not None:
+        other = case.plan(drawn.mesh, drawn.resting)
+        options["fixed_parameters"] = {name: facts(node).layout for name, node in other.parameters().items()}
+    entries = {} if drawn.inputs is None else entry_layouts(case.traced, mesh, random.Random(drawn.inputs))
+    return case.plan(drawn.mesh, drawn.seed, drawn.outputs, entries, **options)
+
+
+def entry_layouts(program: Program, mesh: MeshSpec, chance: random.Random) -> dict[str, Layout]:
+    """Each input given whole or split, at random."""
+    found = {}
+    for node in program.nodes("input"):
+        value = facts(node).value
+        whole = I if value.needs_grad else R
+        options = [[whole, *(S(dim) for dim in range(len(value.shape)))] for _ in mesh.axes]
+        fitting = [x for x in itertools.product(*options) if local_shape(value.shape, x, mesh.shape) is not None]
+        found[facts(node).name] = chance.choice(fitting)
+    return found
+
+
+def prove_graph(graph: Graph, plans: Sequence[Drawn]) -> None:
     case = Case.of(graph.model(), graph.arguments())
-    for number, (mesh, seed, outputs) in enumerate(plans):
-        case.prove(case.plan(mesh, seed, outputs), is_text=number % 3 == 2)
+    for drawn in plans:
+        program = plan_case(case, drawn)
+        record(program)
+        note(f"{drawn}")
+        case.prove(program, drawn.is_text)
         REACHED["cases"] += 1
 
 
-def plans(meshes: Sequence[str], count: int) -> st.SearchStrategy[list[tuple[str, int, str]]]:
-    one = st.tuples(st.sampled_from(meshes), st.integers(0, 999), st.sampled_from(("whole", "dtensor")))
-    return st.lists(one, min_size=1, max_size=count)
+def share(percent: int) -> settings:
+    """A part of the profile's examples."""
+    return settings(max_examples=max(settings().max_examples * percent // 100, 1))
 
 
-@settings(max_examples=max(settings().max_examples // 2, 1))
-@given(graphs(), plans(MESHES[1], 4))
-def test_one_axis(graph: Graph, plans: list) -> None:
+def few(meshes: Sequence[str], most: int) -> st.SearchStrategy[list[Drawn]]:
+    return st.lists(drawn_plans(meshes), min_size=1, max_size=most)
+
+
+@share(60)
+@given(graphs(10), few(MESHES[1], 4))
+def test_plans_on_one_axis_train_as_one_device(graph: Graph, plans: list[Drawn]) -> None:
+    prove_graph(graph, plans)
+
+
+@share(40)
+@given(graphs(8), few(MESHES[2], 3))
+def test_plans_on_two_axes_train_as_one_device(graph: Graph, plans: list[Drawn]) -> None:
+    prove_graph(graph, plans)
+
+
+@share(10)
+@given(graphs(3), few(MESHES[3], 2))
+def test_plans_on_three_axes_train_as_one_device(graph: Graph, plans: list[Drawn]) -> None:
     prove_graph(graph, plans)

@@ -140,14 +140,20 @@ USES: dict[str, list[Use]] = {
         use("b P", x(4, 6, 9), x(6, 1, 2), None, [2], [0], [1], 6),
         use("i o P", x(6, 8), x(12, 6, 3)),
     ],
-    "aten.conv1d.padding": [use("b i o P", x(4, 6, 8), x(12, 6, 3), x(12), [1], "same"), use("i o P", x(6, 8), x(12, 6, 3), None, [1], "valid")],
+    "aten.conv1d.padding": [
+        use("b i o P", x(4, 6, 8), x(12, 6, 3), x(12), [1], "same"),
+        use("i o P", x(6, 8), x(12, 6, 3), None, [1], "valid"),
+    ],
     "aten.conv2d.default": [
         use("b i o P", x(4, 6, 5, 4), x(12, 6, 3, 3), x(12), [1, 1], [1, 1]),
         use("b i o P", x(2, 6, 5, 4), x(4, 6, 1, 1)),
         use("b P", x(2, 6, 5, 4), x(4, 3, 3, 3), None, [2, 2], [1, 1], [1, 1], 2),
         use("i o P", x(6, 5, 4), x(4, 6, 3, 3), x(4)),
     ],
-    "aten.conv2d.padding": [use("b i o P", x(2, 6, 5, 4), x(4, 6, 3, 3), None, [1, 1], "same"), use("b P", x(2, 6, 5, 4), x(6, 1, 3, 3), None, [1, 1], "same", [1, 1], 6)],
+    "aten.conv2d.padding": [
+        use("b i o P", x(2, 6, 5, 4), x(4, 6, 3, 3), None, [1, 1], "same"),
+        use("b P", x(2, 6, 5, 4), x(6, 1, 3, 3), None, [1, 1], "same", [1, 1], 6),
+    ],
     "aten.conv3d.default": [use("b i o P", x(2, 4, 3, 3, 3), x(6, 4, 2, 2, 2), x(6))],
     "aten.conv3d.padding": [use("b i o P", x(2, 4, 3, 3, 3), x(6, 4, 3, 3, 3), x(6), [1, 1, 1], "same")],
     "aten.cos.default": [use("p.1 p.0", x(4, 6))],
@@ -405,13 +411,15 @@ USES: dict[str, list[Use]] = {
     ],
     "aten.to.dtype_layout": [use("p.1 p.0 P", x(4, 6), dtype=torch.float32)],
     "aten.to.other": [use("p.1 p.0 P", x(4, 6), x(2).float())],
-    "aten.transpose.int": [use("d0 d1 d2 P", x(4, 6, 2), 1, 2), use("d0 d1 d2 P", x(4, 6, 2), 0, -1)],
+    "aten.transpose.int": [use("P", x(), 0, -1), use("d0 d1 d2 P", x(4, 6, 2), 1, 2), use("d0 d1 d2 P", x(4, 6, 2), 0, -1)],
     "aten.type_as.default": [use("p.1 p.0 P", x(4, 6), x(2).float()), use("p.1 p.0", x(4, 6), ints(9, 4, 6))],
     "aten.unbind.int": [use("d0 d2 P", x(4, 3, 6), 1), use("d1 P", x(2, 6)), use("d0 P", x(4, 2), -1)],
     "aten.unflatten.int": [
         use("f0 f2 P", x(4, 12), 1, [3, 4]),
         use("f0 f1 f2 P", x(12, 6), 0, [-1, 2]),
         use("f0 f1 f2 f3 P", x(4, 2, 12), 2, [2, 6]),
+        use("f0 f2 P", x(4, 12), -1, [3, 4]),
+        use("f0 f1 f2 P", x(4, 2, 12), -2, [2, 1]),
     ],
     "aten.unsqueeze.default": [use("f0 f1 P", x(4, 6), 1), use("f0 f1 P", x(4, 6), -1), use("P", x(), 0)],
     "aten.var.correction": [use("k0", x(4, 6), [-1]), use("", x(4, 6)), use("k1", x(4, 6, 2), [0, 2], correction=0, keepdim=True)],
@@ -514,6 +522,26 @@ def test_dropout_draws_once_per_value(mesh: str) -> None:
             assert torch.allclose(masks[i], masks[j]) == (positions[i] == positions[j])
 
 
+@pytest.mark.parametrize("mesh", ["a=2", "a=2,b=2"])
+def test_attention_dropout_draws_once_per_probability(mesh: str) -> None:
+    """The values are unit matrices side by side, so that results are probabilities: a split of `e` must not change the draws."""
+    query, key, value = x(4, 4, 6, 2), x(4, 4, 6, 2), torch.eye(6, dtype=torch.float64).repeat(4, 4, 1, 4)
+    quiet = OpCase(aten.scaled_dot_product_attention.default, (query, key, value), {}, MeshSpec.of(mesh))
+    case = OpCase(aten.scaled_dot_product_attention.default, (query, key, value, None, 0.5), {}, MeshSpec.of(mesh))
+    for candidate in quiet.candidates({}):
+        drawn = unshard(case.run(candidate).outputs[0], candidate.outputs[0], case.mesh)
+        if P in candidate.outputs[0]:
+            continue  # terms of the values: no unit matrices
+        kept = (drawn / quiet.outputs[0]).detach().round(decimals=9)
+        assert set(kept.unique().tolist()) == {0.0, 2.0}
+        for part in kept.chunk(4, -1):
+            torch.testing.assert_close(part, kept[..., :6])
+        if any(strategy.factor in ("b.1", "b.0", "q") for strategy in candidate.strategies):
+            for strategy, dim in ((s, s.outputs[0].dim) for s in candidate.strategies if s.factor in ("b.1", "b.0", "q")):
+                first, second = kept.chunk(2, dim)
+                assert not torch.equal(first, second), strategy
+
+
 def test_random_call_is_not_compared() -> None:
     with pytest.raises(RuleError, match=r"this call of aten.dropout.default draws random numbers: prove it with the draws turned off"):
         check_rule(aten.dropout.default, x(4, 6), 0.5, True)
@@ -580,6 +608,8 @@ def test_wrong_rows_of_torch_ops_are_refuted(case: tuple[str, str, tuple, str], 
         check_rule(f"aten::{name}", *args)
 
 
-def test_docs_list_every_row() -> None:
+def test_docs_list_every_row(request: pytest.FixtureRequest) -> None:
     written = Path(__file__).parent.parent / "docs" / "ops.md"
+    if request.config.getoption("--update-golden"):
+        written.write_text(catalogue())
     assert written.read_text() == catalogue(), "docs/ops.md is stale; its first lines say how to make it anew"

@@ -1,0 +1,65 @@
+"""Ranks agree before they run: what each is about to do is compared, and ranks that differ all stop with the same error.
+
+Without this, ranks that run different programs wait for each other forever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autoshard.errors import AutoshardError, InputError, PlanError
+
+Exchange = Callable[[dict[str, Any]], list[dict[str, Any]]]  # mine -> everybody's, in rank order
+
+_ADVICE = {
+    "values of arguments": "Plain tensors are the global batch, the same on every rank: seed the data loader alike, "
+    "or pass inputs='local' when each rank loads its own part of the batch.",
+    "shapes of arguments": "Plain tensors are the global batch, the same on every rank.",
+    "mode": "Call train() or eval() on every rank.",
+    "versions": "Install one version everywhere.",
+    "program": "Build the model, its configuration and the arguments of autoshard.compile alike on every rank.",
+}
+
+
+def agree(exchange: Exchange, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> list[dict[str, Any]]:
+    """Compare `mine` across ranks. Returns what all ranks sent, with the `seed` of their generators.
+
+    failure: what stopped this rank; raised here, and told to the others. text: what the program is a digest of, to show
+    its first line that differs. Raises PlanError where another rank failed, InputError where ranks differ: on every rank.
+    """
+    problem = "" if failure is None else str(failure) if isinstance(failure, AutoshardError) else f"{type(failure).__name__}: {failure}"
+    everyone = exchange({**mine, "error": problem, "seed": torch.initial_seed()})
+    if failure is not None:
+        raise failure
+    failed = [f"rank {rank}: {other['error']}" for rank, other in enumerate(everyone) if other["error"]]
+    if failed:
+        raise PlanError("stopped, because other ranks failed: " + "; ".join(failed))
+    for what in mine:
+        groups: dict[str, list[int]] = {}
+        for rank, other in enumerate(everyone):
+            groups.setdefault(other.get(what, "nothing (they run another program)"), []).append(rank)
+        if len(groups) > 1:
+            texts = [other["text"] for other in exchange({"text": text})] if what == "program" else []
+            raise InputError(_disagreement(what, groups, texts))
+    return everyone
+
+
+def _disagreement(what: str, groups: Mapping[str, list[int]], texts: Sequence[str]) -> str:
+    shown = "; ".join(f"ranks {', '.join(map(str, ranks))} have {value}" for value, ranks in groups.items())
+    if texts:
+        ranks = [members[0] for members in groups.values()][:2]
+        pairs = itertools.zip_longest(*(texts[rank].splitlines() for rank in ranks), fillvalue="nothing")
+        different = next((pair for pair in pairs if pair[0] != pair[1]), ("other arguments",) * 2)
+        shown = "; ".join(f"rank {rank} has `{line.strip()}`" for rank, line in zip(ranks, different, strict=True))
+    return f"ranks disagree on the {what}, stopped before the first step: {shown}. {_ADVICE[what]}"
+
+
+def content(tensor: torch.Tensor) -> str:
+    """Digest of a tensor's values."""
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return hashlib.sha256(raw).hexdigest()[:16]
