@@ -11,7 +11,7 @@ from torch import fx
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel, split_of
 from autoshard.equation_builders import Call, TensorInfo
-from autoshard.equations import Equation, Strategy, strategies
+from autoshard.equations import Equation, Strategy, divides, strategies
 from autoshard.errors import RuleError
 from autoshard.placements import I, Layout, Placement, R, S, local_shape
 from autoshard.program import Program, call_of, facts, op_name
@@ -81,6 +81,8 @@ class CandidateTable:
         values = (*call.inputs, *call.outputs)
         best: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Candidate] = {}
         for joint in itertools.product(*per_axis):
+            if equation is not None and not divides(equation, [strategy.factor for strategy in joint], sizes):
+                continue
             layouts = layouts_of(joint, values, len(call.inputs))
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue

@@ -15,7 +15,7 @@ from torch import fx
 from autoshard import runtime
 from autoshard.candidates import base, bound_rule, is_storable, layouts_of, settle, whole_strategy
 from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
-from autoshard.equations import strategies
+from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
 from autoshard.program import Facts, Program, arguments, call_of, facts, op_of, producer, tensor_operands
@@ -117,6 +117,8 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
             return
         recorded = known.strategies[axis].factor if axis < len(known.strategies) else ""
         factors.append(recorded if any(s.factor == recorded for s in matching) else matching[0].factor)
+    if equation is not None and not divides(equation, factors, program.mesh.shape):
+        yield f"splits factors {factors} of {op_of(node)} more ways than their sizes divide"
     if program.is_localized:
         yield from _local_faults(program, node, known, rule, tuple(factors))
 

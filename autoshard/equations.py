@@ -20,7 +20,6 @@ Operands that need no gradient take R where I is asked. Strategies on different 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -252,6 +251,10 @@ def _partial(equation: Equation) -> list[Strategy]:
     return [Strategy(tuple(P if k in chosen else R for k in range(len(equation.inputs))), outputs) for chosen in sets]
 
 
-def product(per_axis: Sequence[Sequence[Strategy]]) -> Iterable[tuple[Strategy, ...]]:
-    """Every combination of one strategy per axis."""
-    return itertools.product(*per_axis)
+def divides(equation: Equation, factors: Sequence[str], sizes: Sequence[int]) -> bool:
+    """Whether every factor divides by all the axes that split it; `factors` holds one per axis, "" where nothing is split."""
+    ways: dict[str, int] = {}
+    for factor, n in zip(factors, sizes, strict=True):
+        ways[factor] = ways.get(factor, 1) * n
+    groups = {group[0]: group for group in equation.joined}
+    return not any(equation.sizes[name] % n for factor, n in ways.items() if factor for name in groups.get(factor, (factor,)))

@@ -90,8 +90,11 @@ class _Writer:
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
             self.env[node] = source
             return
-        reshapes = target is aten.view.default  # a view's strides are those of the traced device and mode
-        self.env[node] = self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node))
+        if target is aten.view.default:  # a view's strides are those of the traced device and mode
+            target = aten.reshape.default
+        elif str(target).startswith("aten.squeeze."):  # drops dims by length, and local lengths differ
+            target, args = aten.reshape.default, (source, list(facts(node).value.shape))
+        self.env[node] = self._call(target, args, kwargs, facts(node))
 
     def _root(self, node: fx.Node) -> fx.Node:
         return self.aliases.get(node, node)

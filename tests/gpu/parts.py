@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -196,6 +197,7 @@ def compare_gradients(found: Findings, model: nn.Module, sharded: nn.Module, run
     itself = max(difference(expected[name], again[name]) for name in expected)
     worst = max(actual, key=lambda name: difference(expected[name], actual[name]))
     errors = (difference(loss, sharded_loss), difference(expected[worst], actual[worst]))
+    tolerance = max(tolerance, 2 * itself)  # kernels that add in no fixed order
     detail = f"loss {errors[0]:.1e}, gradients {errors[1]:.1e} ({worst}), tolerance {tolerance:.0e}; the model against itself {itself:.1e}"
     found.check("loss and gradients equal the model's", max(errors) <= tolerance and list(expected) == list(actual), detail)
 
@@ -339,6 +341,8 @@ def run_fake_group(found: Findings, device: str) -> None:
 
 
 def fake_row(model: nn.Module, mesh: DeviceMesh, ids: Tensor, device: str, template: str, rounds: int) -> list[str]:
+    gc.collect()
+    base = torch.cuda.memory_allocated() if device == "cuda" else 0
     sharded = autoshard.compile(
         model, mesh, example_inputs=(ids,), example_kwargs={"labels": ids}, template=template, hardware=preset_of(device)  # type: ignore[arg-type]
     )  # fmt: skip
@@ -350,7 +354,7 @@ def fake_row(model: nn.Module, mesh: DeviceMesh, ids: Tensor, device: str, templ
     stats = sharded.plan.stats
     moving_s = communication_s(sharded.plan)
     computing_s = stats["objective_s"] - moving_s
-    rested, peak = memory or (None, None)
+    rested, peak = (count - base for count in memory) if memory else (None, None)
     return [
         template, in_ms(measured_s), in_ms(computing_s), f"{measured_s / computing_s:.2f}", in_ms(moving_s), in_mib(peak), in_mib(stats["kept_bytes"]), in_mib(rested)
     ]  # fmt: skip
@@ -365,6 +369,7 @@ PARTS: dict[str, Callable[[Findings, str], None]] = {
 
 if __name__ == "__main__":
     part, on_device, path = sys.argv[1:]
-    if on_device == "cpu":
-        torch.set_num_threads(1)
+    if on_device == "cuda":
+        torch.cuda.set_device(0)
+        torch.cuda.init()
     PARTS[part](Findings(path), on_device)

@@ -11,6 +11,7 @@ others. Exits with 1 if any check failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -125,10 +126,8 @@ def environment() -> dict[str, str]:
 
 def stop(process: subprocess.Popen) -> None:
     """End the part's process and those that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
