@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,8 +16,9 @@ from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.module import Inputs, Outputs, Settings, ShardedModule
 from autoshard.plan import Plan
-from autoshard.planner import Request, make_plan
+from autoshard.planner import Request, entry_layout, make_plan
 from autoshard.simulator import Simulation
+from autoshard.torch_internals import pytree
 from autoshard.verification import Verification, compare, simulate_plan
 
 
@@ -116,7 +118,9 @@ def plan(
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
     settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
-    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type))
+    tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
+    layouts = tuple(entry_layout(tensor, spec, inputs) for tensor in tensors)
+    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts))
 
 
 def simulate(

@@ -27,14 +27,15 @@ from autoshard.equation_builders import TensorInfo
 from autoshard.errors import InputError, MeshError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
-from autoshard.placements import I, Layout, R, S, shard
+from autoshard.placements import I, Layout, R, S, local_shape, shard
 from autoshard.plan import Plan
-from autoshard.planner import Request, make_plan
+from autoshard.planner import Request, batch_axes, entry_layout, make_plan
 from autoshard.program import facts
-from autoshard.torch_internals import _StridedShard, pytree
+from autoshard.torch_internals import _StridedShard, local_of, pytree
 
 Inputs = Literal["global", "local"]
 Outputs = Literal["whole", "dtensor"]
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ def layout_of(tensor: DTensor, needs_grad: bool) -> Layout:
             raise InputError(
                 f"a DTensor argument with placement {placement} cannot enter the program; redistribute it to Shard or Replicate"
             )
+    sizes = tuple(tensor.device_mesh.shape)
+    if local_shape(tuple(tensor.shape), tuple(found), sizes) is None:
+        raise InputError(
+            f"a DTensor argument of shape {tuple(tensor.shape)} is split unevenly on a mesh of {sizes}; every split dim must divide"
+        )
     return tuple(found)
 
 
@@ -81,23 +87,34 @@ class ShardedModule(nn.Module):
         spec = MeshSpec.of(mesh)
         _check_mesh(mesh, spec)
         object.__setattr__(self, "_state", _State(model, mesh, spec, settings))
-        state = self._state
+        self._mirror(model, model.named_modules(remove_duplicate=False))
+
+    def _mirror(self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Modules like the model's, of the same names, that hold its parameters as DTensors and its buffers."""
+        mirrors: dict[int, nn.Module] = {id(model): self}
         tensors: dict[int, Any] = {}
-        for name, original in model.named_parameters(remove_duplicate=False):
-            if id(original) not in tensors:
-                local = original.detach() if original.device.type == "meta" else original.detach().to(state.device)
-                replicated = DTensor.from_local(local, mesh, [Replicate()] * spec.ndim, run_check=False)
-                tensors[id(original)] = nn.Parameter(replicated, requires_grad=original.requires_grad)
-            _place(self, name).register_parameter(name.rpartition(".")[2], tensors[id(original)])
-        for path, module in model.named_modules(remove_duplicate=False):
+        for path, module in modules:
+            is_new = id(module) not in mirrors
+            mirror = mirrors.setdefault(id(module), type(module)() if type(module) in _CONTAINERS else nn.Module())
+            if path:
+                self.get_submodule(path.rpartition(".")[0]).add_module(path.rpartition(".")[2], mirror)
+            if not is_new and path:
+                continue
+            mirror.training = module.training
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in tensors:
+                    tensors[id(parameter)] = self._replicated(parameter)
+                mirror.register_parameter(name, tensors[id(parameter)])
             for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
                 if id(buffer) not in tensors:
-                    tensors[id(buffer)] = (
-                        buffer.detach().clone() if buffer.device.type == "meta" else buffer.detach().to(state.device, copy=True)
-                    )
-                owner = _place(self, f"{path}.{name}" if path else name)
-                owner.register_buffer(name, tensors[id(buffer)], persistent=name not in module._non_persistent_buffers_set)
-        super().train(model.training)
+                    tensors[id(buffer)] = buffer.detach().clone() if buffer.is_meta else buffer.detach().to(self._state.device, copy=True)
+                mirror.register_buffer(name, tensors[id(buffer)], persistent=name not in module._non_persistent_buffers_set)
+
+    def _replicated(self, original: torch.Tensor) -> nn.Parameter:
+        state, local = self._state, original.detach()
+        local = local if local.is_meta else local.to(state.device)
+        replicated = DTensor.from_local(local, state.mesh, [Replicate()] * state.spec.ndim, run_check=False)
+        return nn.Parameter(replicated, requires_grad=original.requires_grad)
 
     _state: _State
 
@@ -137,20 +154,11 @@ class ShardedModule(nn.Module):
     def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], _Ready]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         state = self._state
-        key = (str(spec), tuple(_leaf_key(leaf) for leaf in leaves), state.modes, tuple(p.requires_grad for p in self.parameters()))
+        modes = tuple(module.training for module in self.modules())
+        key = (str(spec), tuple(_leaf_key(leaf) for leaf in leaves), modes, tuple(p.requires_grad for p in self.parameters()))
         if key not in state.ready:
             state.ready[key] = self._prepare(args, kwargs, leaves)
         return leaves, state.ready[key]
-
-    def train(self, mode: bool = True) -> ShardedModule:
-        super().train(mode)
-        self._state.source.train(mode)
-        self._state.refresh_modes()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> ShardedModule:
-        super().requires_grad_(requires_grad)
-        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
@@ -269,6 +277,8 @@ class ShardedModule(nn.Module):
         try:
             for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
                 original.requires_grad_(parameter.requires_grad)
+            for module, original in zip(self.modules(), state.source.modules(), strict=True):
+                original.training = module.training
             plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves)
         except Exception as error:  # whatever stops one rank must stop the others too
             failure = error
@@ -319,27 +329,18 @@ class ShardedModule(nn.Module):
         wanted = [(inputs[name].value, inputs[name].layout) for name in program.flat_inputs if name is not None]
         return given == wanted
 
-    def _batch_axes(self) -> tuple[int, ...]:
-        """Axes that hold different parts of the batch when inputs are local: `dp` if there is one, else the first."""
-        axes = self._state.spec.axes
-        return (axes.index("dp"),) if "dp" in axes else (0,)
-
     def _entry(self, leaf: torch.Tensor) -> Layout:
-        ndim = self._state.spec.ndim
         if isinstance(leaf, DTensor):
             return layout_of(leaf, leaf.requires_grad)
-        whole = I if leaf.requires_grad else R
-        if self._state.settings.inputs == "local" and leaf.dim():
-            return tuple(S(0) if axis in self._batch_axes() else whole for axis in range(ndim))
-        return (whole,) * ndim
+        return entry_layout(leaf, self._state.spec, self._state.settings.inputs)
 
     def _global_example(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         shape = list(leaf.shape)
         if not isinstance(leaf, DTensor) and self._state.settings.inputs == "local" and leaf.dim():
-            for axis in self._batch_axes():
-                shape[0] *= self._state.spec.shape[axis]
+            for axis in batch_axes(self._state.spec):
+                shape[0] *= self._state.spec.shape[self._state.spec.index(axis)]
         return torch.empty(shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
 
     def _check_inputs(self, leaves: list[Any]) -> None:
@@ -374,7 +375,7 @@ class ShardedModule(nn.Module):
         found = owner._parameters.get(name.rpartition(".")[2])
         if found is None:
             found = owner._buffers.get(name.rpartition(".")[2])
-        return found.to_local() if isinstance(found, DTensor) else found  # type: ignore[return-value]
+        return local_of(found)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -398,10 +399,6 @@ class _State:
         kind = self.mesh.device_type
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
         self.coordinate = tuple(self.mesh.get_coordinate() or ())
-        self.refresh_modes()
-
-    def refresh_modes(self) -> None:
-        self.modes = tuple(module.training for module in self.source.modules())
 
     def next_seed(self) -> int:
         return runtime.mix(self.base_seed or 0, self.step)
@@ -432,7 +429,7 @@ class _Ready:
 
     def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
         given = [leaves[k] for k in self.takes]
-        results = self.program.forward(*(x.to_local() if isinstance(x, DTensor) else x for x in given))
+        results = self.program.forward(*map(local_of, given))
         if self.as_dtensors:
             results = [
                 DTensor.from_local(
@@ -461,16 +458,6 @@ def load_program(
     exec(compile(text, filename, "exec"), namespace)
     constants = {name: value.to(device) for name, value in plan.program.constants.items()}
     return namespace["Rank"](axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
-
-
-def _place(root: nn.Module, name: str) -> nn.Module:
-    """The submodule that owns `name`, made where it does not exist."""
-    owner = root
-    for part in name.split(".")[:-1]:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    return owner
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

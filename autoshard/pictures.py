@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import html
 import itertools
-import os.path
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,9 +29,9 @@ from autoshard.rules import rule_of
 from autoshard.text import describe_value, human_bytes, human_seconds, short_dtype
 
 Level = Literal["ops", "modules"]
-_VIEWS = frozenset(
-    """view reshape _unsafe_view transpose permute t numpy_T unsqueeze squeeze expand flatten unflatten slice select split
-    split_with_sizes chunk unbind alias detach contiguous""".split()
+_VIEWS = re.compile(
+    "view|reshape|_unsafe_view|transpose|permute|t|numpy_T|unsqueeze|squeeze|expand|flatten|unflatten|slice|select|split|split_with_sizes"
+    "|chunk|unbind|alias|detach|contiguous"
 )
 _SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy", "convolution": "conv"}
 _INK, _PALE, _LINE = "#1f2933", "#6b7785", "#8a97a6"
@@ -48,14 +48,15 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
     the mesh (bytes do not depend on the hardware).
     """
     homes = _homes(program)
-    first, folds = _fold_layers(program, homes) if level == "modules" else ({}, {})
-    classes = _contract(program, homes, first) if level == "modules" else _Classes({node: node for node in program.nodes()})
+    is_folded = level == "modules"
+    first, folds = _fold_layers(program, homes) if is_folded else ({}, {})
+    classes = _contract(program, homes, first) if is_folded else _Classes({node: node for node in program.nodes()}, first)
     sketch = _Sketch(program, costs or CostModel(program.mesh, hardware_of(None)), homes, first, folds, classes, level)
     graph = graphviz.Digraph("autoshard", comment=f"mesh {program.mesh}, level {level}")
-    graph.attr(rankdir="TB", nodesep="0.18", ranksep="0.22", fontname="Helvetica", fontsize="15", fontcolor=_INK, labelloc="t", bgcolor="white")
-    graph.attr(label=sketch.title(), tooltip=" ")
-    graph.attr("node", fontname="Helvetica", fontsize="11", fontcolor=_INK, color=_LINE, shape="box", style="rounded,filled", fillcolor="white", margin="0.08,0.04", height="0.2", width="0.3")
-    graph.attr("edge", fontname="Helvetica", fontsize="9", color=_LINE, arrowsize="0.6")
+    graph.attr(nodesep="0.18", ranksep="0.22", fontname="Helvetica", labelloc="t", bgcolor="white", label=sketch.title(), tooltip=" ")
+    graph.attr("node", fontname="Helvetica", fontcolor=_INK, shape="box", style="rounded,filled", fillcolor="white")
+    graph.attr("node", margin="0.08,0.04", height="0.2", width="0.3")
+    graph.attr("edge", fontname="Helvetica", color=_LINE, arrowsize="0.6")
     _add_legend(graph)
     sketch.add_nodes(graph)
     sketch.add_edges(graph)
@@ -76,7 +77,9 @@ def _homes(program: Program) -> dict[fx.Node, str]:
     for node in reversed(list(program.nodes("conversion"))):
         users[node] = {path for user in node.users for path in users.get(user, {homes[user]})}
     for node, paths in reversed(users.items()):
-        homes[node] = ".".join(os.path.commonprefix([path.split(".") for path in (homes[node.all_input_nodes[0]], *sorted(paths))]))  # type: ignore[arg-type]
+        parts = [path.split(".") for path in (homes[node.all_input_nodes[0]], *sorted(paths))]
+        shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+        homes[node] = ".".join(column[0] for column in shared)
     return homes
 
 
@@ -85,20 +88,22 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
-def _fold_layers(program: Program, homes: Mapping[fx.Node, str]) -> tuple[dict[fx.Node, fx.Node], dict[str, str]]:
-    """Nodes of repeated layers -> their counterpart in the first one, and a label for each folded path."""
+def _fold_layers(program: Program, homes: Mapping[fx.Node, str]) -> tuple[dict[fx.Node, fx.Node], dict[str, list[str]]]:
+    """Nodes of repeated layers -> their counterpart in the first one; path of each first layer -> paths of its copies."""
     inside: dict[str, list[fx.Node]] = {}
     for node, home in homes.items():
         for path in _prefixes(home):
             inside.setdefault(path, []).append(node)
-    numbered = sorted((p for p in inside if p.rpartition(".")[2].isdigit()), key=lambda p: (p.count("."), p.rpartition(".")[0], int(p.rpartition(".")[2])))
+    split = {path: path.rpartition(".") for path in inside}
+    numbered = [path for path, (_, _, last) in split.items() if last.isdigit()]
+    numbered.sort(key=lambda path: (path.count("."), split[path][0], int(split[path][2])))
     first: dict[fx.Node, fx.Node] = {}
-    folds: dict[str, str] = {}
-    for _, same in itertools.groupby(numbered, key=lambda path: (path.rpartition(".")[0], _signature(path, inside[path]))):
+    folds: dict[str, list[str]] = {}
+    for _, same in itertools.groupby(numbered, key=lambda path: (split[path][0], _signature(path, inside[path]))):
         kept, *copies = same
         if not copies or inside[kept][0] in first:
             continue
-        folds[kept] = f"{kept} … {copies[-1]}  ×{1 + len(copies)}"
+        folds[kept] = copies
         first.update((twin, node) for copy in copies for node, twin in zip(inside[kept], inside[copy], strict=True))
     between: dict[tuple, fx.Node] = {}
     for node in program.nodes("conversion"):
@@ -116,65 +121,68 @@ def _signature(path: str, nodes: list[fx.Node]) -> tuple:
     for node in nodes:
         known = facts(node)
         given = fx.map_arg((node.args, node.kwargs), lambda operand: number.get(operand, "outside"))
-        rows.append((known.role, op_name(node) if known.role != "parameter" else known.name[len(path) :], str(given), known.values, known.layouts))
+        name = op_name(node) if node.op == "call_function" else known.name[len(path) :]
+        rows.append((known.role, name, str(given), known.values, known.layouts))
     return tuple(rows)
 
 
 @dataclass
 class _Classes:
-    """A partition of the drawn nodes; the earliest node of a class stands for it."""
+    """A partition of the drawn nodes; the earliest node of a class is its head. first: undrawn nodes -> their counterpart."""
 
     head: dict[fx.Node, fx.Node]
+    first: Mapping[fx.Node, fx.Node]
     members: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.members = {node: [node] for node in self.head}
+        self.order = {node: k for k, node in enumerate(self.head)}
+
+    def head_of(self, node: fx.Node) -> fx.Node:
+        return self.head[self.first.get(node, node)]
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """Heads of what `node` reads."""
+        return [self.head_of(operand) for operand in node.all_input_nodes]
 
     def merge(self, into: fx.Node, node: fx.Node) -> None:
-        kept, gone = self.head[into], self.head[node]
+        kept, gone = sorted((self.head[into], self.head[node]), key=self.order.__getitem__)
         if kept is not gone:
-            self.members[kept] += self.members.pop(gone)
+            self.members[kept] = sorted(self.members[kept] + self.members.pop(gone), key=self.order.__getitem__)
             self.head.update((member, kept) for member in self.members[kept])
 
-    def reaches(self, goal: fx.Node, starts: Iterable[fx.Node], first: Mapping[fx.Node, fx.Node]) -> bool:
-        """Whether class `goal` is among the classes that `starts` depend on."""
-        stack, seen = list(starts), set()
+    def may_join(self, head: fx.Node, later: fx.Node) -> bool:
+        """Whether no path from class `head` to class `later` passes another class."""
+        stack = [o for member in self.members[later] for o in self.operands(member) if o not in (head, later)]
+        seen = set(stack)
         while stack:
-            head = self.head[stack.pop()]
-            if head is goal:
-                return True
-            if head not in seen:
-                seen.add(head)
-                stack += [first.get(operand, operand) for member in self.members[head] for operand in member.all_input_nodes]
-        return False
+            for operand in (o for member in self.members[stack.pop()] for o in self.operands(member)):
+                if operand is head:
+                    return False
+                if operand not in seen:
+                    seen.add(operand)
+                    stack.append(operand)
+        return True
 
 
 def _contract(program: Program, homes: Mapping[fx.Node, str], first: Mapping[fx.Node, fx.Node]) -> _Classes:
     shown = [node for node in program.nodes() if node not in first]
-    classes = _Classes({node: node for node in shown})
+    classes = _Classes({node: node for node in shown}, first)
     named: dict[tuple, fx.Node] = {}
     for node in shown:
-        operands, role = [first.get(operand, operand) for operand in node.all_input_nodes], facts(node).role
-        if role == "projection" or _is_view(node):
-            if operands:
-                classes.merge(operands[0], node)
-        elif _is_light(node):
-            _join_neighbours(classes, homes, first, node, operands)
+        operands, role = classes.operands(node), facts(node).role
+        if operands and (role == "projection" or _is_view(node)):
+            classes.merge(operands[0], node)
         elif role == "conversion":
-            classes.merge(named.setdefault((node.target, node.args[1], classes.head[operands[0]]), node), node)
+            classes.merge(named.setdefault((node.target, node.args[1], operands[0]), node), node)
         elif role in ("parameter", "buffer", "update"):
             classes.merge(named.setdefault((role == "update", homes[node]), node), node)
+        elif _is_light(node):
+            for head in map(classes.head_of, operands):
+                later = classes.head[node]
+                if head is not later and homes[head] == homes[node] and _is_light(head) and classes.may_join(head, later):
+                    classes.merge(head, node)
     return classes
-
-
-def _join_neighbours(classes: _Classes, homes: Mapping[fx.Node, str], first: Mapping[fx.Node, fx.Node], node: fx.Node, operands: list[fx.Node]) -> None:
-    for operand in operands:
-        head = classes.head[operand]
-        if head is classes.head[node] or homes[head] != homes[node] or not _is_light(head):
-            continue
-        others = [o for member in classes.members[classes.head[node]] for p in member.all_input_nodes if classes.head[o := first.get(p, p)] not in (head, classes.head[node])]
-        if not classes.reaches(head, others, first):
-            classes.merge(head, node)
 
 
 def _packet(node: fx.Node) -> str:
@@ -187,7 +195,7 @@ def _is_view(node: fx.Node) -> bool:
     if facts(node).role != "op":
         return False
     given = arguments(node)
-    return _packet(node) in _VIEWS or (_packet(node) == "dropout" and not (given.get("p") and given.get("train")))
+    return bool(_VIEWS.fullmatch(_packet(node))) or (_packet(node) == "dropout" and not (given.get("p") and given.get("train")))
 
 
 def _is_light(node: fx.Node) -> bool:
@@ -200,12 +208,19 @@ def _is_light(node: fx.Node) -> bool:
 
 
 def _text(text: str, color: str = _INK, size: int = 11, bold: bool = False) -> str:
+    if not text:
+        return ""  # Graphviz takes no empty tag
     inner = html.escape(text)
     return f"<FONT COLOR='{color}' POINT-SIZE='{size}'>{f'<B>{inner}</B>' if bold else inner}</FONT>"
 
 
 def _tooltip(text: str) -> str:
     return graphviz.escape(text.strip() or " ")
+
+
+def _next(head: fx.Node) -> str:
+    """Name of the mark below a class that stands for its users in the copies of a folded layer."""
+    return f"{head.name}__next"
 
 
 def _add_legend(graph: graphviz.Digraph) -> None:
@@ -231,7 +246,7 @@ class _Sketch:
     costs: CostModel
     homes: Mapping[fx.Node, str]
     first: Mapping[fx.Node, fx.Node]
-    folds: Mapping[str, str]
+    folds: Mapping[str, list[str]]
     classes: _Classes
     level: Level
 
@@ -244,6 +259,7 @@ class _Sketch:
         homes = {self._frame(self.homes[head], wanted) for head in self.classes.members}
         parents = [self._frame(path.rpartition(".")[0], wanted) for path in wanted]
         self.clusters = {path for path in wanted if path in homes or path in self.folds or parents.count(path) > 1}
+        self.passing = self._collect()
         self.module_classes = {facts(node).source.module: facts(node).source.module_class for node in self.program.nodes("op")}
 
     @staticmethod
@@ -263,10 +279,13 @@ class _Sketch:
         for head, members in self.classes.members.items():
             if self._frame(self.homes[head], self.clusters) == path:
                 self._add_node(graph, head, members)
+                if (head.name, _next(head)) in self.passing:
+                    graph.node(_next(head), f"<{_text('↻ next layer', _PALE, 9)}>", shape="plain", style="", tooltip="what the folded layers read")
         for child in [p for p in self._ordered() if self._frame(p.rpartition(".")[0], self.clusters) == path]:
             with graph.subgraph(name=f"cluster_{child}") as inner:
                 depth = min(sum(p in self.clusters for p in _prefixes(child)), len(_DEPTHS)) - 1
-                name = self.folds.get(child) or child.removeprefix(path).lstrip(".")
+                names = [p.removeprefix(f"{path}.") for p in (child, *self.folds.get(child, ()))]
+                name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}  ×{len(names)}"
                 inner.attr(label=f"<{_text(name, bold=True)} {_text(self.module_classes.get(child, ''), _PALE)}>", tooltip=_tooltip(child))
                 inner.attr(style="rounded,filled", fillcolor=_DEPTHS[depth], color=_INK if child in self.folds else _LINE, labeljust="l")
                 inner.attr(penwidth="2" if child in self.folds else "1", fontsize="11", margin="8")
@@ -292,28 +311,29 @@ class _Sketch:
         return "".join(f"<TD BGCOLOR='{_CHIPS[p.kind][0]}'>{_text(text, _CHIPS[p.kind][1], 9)}</TD>" for p, text in cells)
 
     def _note(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
-        rows = []
+        rows, frame = [], self._frame(self.homes[head], self.clusters)
         for node in members:
             if facts(node).role in ("parameter", "buffer"):
-                name = _text(facts(node).name.rpartition(".")[2], size=9, bold=facts(node).role == "parameter")
+                name = _text(facts(node).name.removeprefix(f"{frame}."), size=9, bold=facts(node).role == "parameter")
                 rows.append(f"<TR><TD ALIGN='LEFT'>{name} {_text(self._shape(node), _PALE, 9)}</TD>{self._chips(facts(node).layout)}</TR>")
         return f"<{_LABELLED.format(''.join(rows))}>", {"shape": "note", "style": "filled", "fillcolor": "#fffbe6", "color": "#b59f3b", "margin": "0.03,0.01"}
 
     def _port(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
         role = facts(head).role
         title = f"{role} {facts(head).name}".strip()
-        return f"<{_text(title, bold=True)}<BR/>{_text(self._shape(head), _PALE, 9)}>", {"fillcolor": "#d8dee6", "color": _INK, "penwidth": "1.5", "style": "filled"}
+        shape = f"<BR/>{_text(self._shape(head), _PALE, 9)}" if facts(head).values else ""
+        return f"<{_text(title, bold=True)}{shape}>", {"fillcolor": "#d8dee6", "color": _INK, "penwidth": "1.5", "style": "filled"}
 
     def _op(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
         ops = [node for node in members if not _is_view(node) and facts(node).role != "projection"]
         names = list(dict.fromkeys(_SHORT.get(_packet(node), _packet(node).strip("_")) for node in ops or members))
-        home, shape = self.homes[head], self._shape(members[-1])
-        is_framed = self._frame(home, self.clusters) == home
-        if not ops or facts(head).role in ("update", "projection") or facts(head).is_constant:
-            named = names[0] if facts(head).role != "projection" else f"[{head.args[1]}]"
-            return f"<{_text(named, _PALE, 9)} {_text(shape, _PALE, 8)}>", {"color": "#c9d0d8", "fillcolor": "#fbfcfd", "margin": "0.04,0.02"}
-        title = _text(" ".join(names[:4]), bold=is_framed) if is_framed or len(ops) == 1 else _text(self.module_classes.get(home, ""))
-        title = title if is_framed else f"{_text(home.rpartition('.')[2], bold=True)} {title}"
+        home, shape = self.homes[head], self._shape((ops or members)[-1])
+        is_framed, is_pale = self._frame(home, self.clusters) == home, not ops or facts(head).is_constant or facts(head).role == "update"
+        title = _text(" ".join(names[:4]) + " …" * (len(names) > 4), bold=is_framed)
+        if not is_framed:
+            title = f"{_text(home.rpartition('.')[2], bold=True)} {title if len(ops) == 1 else _text(self.module_classes.get(home, ''))}"
+        if is_pale:
+            return f"<{title} {_text(shape, _PALE, 8)}>", {"color": "#c9d0d8", "fillcolor": "#fbfcfd", "margin": "0.04,0.02", "fontsize": "9"}
         return f"<{title}<BR/>{_text(shape, _PALE, 9)}>", {"color": _INK}
 
     def _pill(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
@@ -333,27 +353,31 @@ class _Sketch:
         fill = {"fillcolor": color} if row.forward in COMMUNICATES else {"fillcolor": "#ffffff", "penwidth": "1.5"}
         return f"<{_text(title, ink, 10, True)}<BR/>{_text(', '.join(lines), ink, 8)}>", {"color": color, **fill}
 
-    def add_edges(self, graph: graphviz.Digraph) -> None:
-        """One edge per pair of classes, with every layout that passes; what goes to the next layer of a fold is dashed."""
-        order = {head: k for k, head in enumerate(self.classes.members)}
-        passing: dict[tuple[fx.Node, fx.Node], dict[str, fx.Node]] = {}
+    def _collect(self) -> dict[tuple[str, str], dict[str, fx.Node]]:
+        """Pairs of classes with an edge -> the values that pass, by what is written on it."""
+        passing: dict[tuple[str, str], dict[str, fx.Node]] = {}
         for node in self.program.nodes():
-            for operand in node.all_input_nodes:
-                ends = tuple(self.classes.head[self.first.get(end, end)] for end in (operand, node))
-                if ends[0] is not ends[1] or node in self.first and operand not in self.first:
-                    passing.setdefault(ends, {}).setdefault(self._passed(operand), operand)  # type: ignore[arg-type]
-        for (source, target), values in passing.items():
-            style = {"style": "dashed", "constraint": "false", "color": _INK} if order[source] >= order[target] else {}
-            is_note = facts(source).role in ("parameter", "buffer")
-            label = f"<{_LABELLED.format(''.join(f'<TR>{row}</TR>' for row in values))}>" if not is_note and any(values) else ""
+            target, drawn = self.classes.head_of(node), self.classes.operands(self.first.get(node, node))
+            for operand, source in zip(node.all_input_nodes, self.classes.operands(node), strict=True):
+                end = target.name if source in drawn else _next(source)
+                if source.name != end:
+                    passing.setdefault((source.name, end), {}).setdefault(self._passed(operand), operand)
+        return passing
+
+    def add_edges(self, graph: graphviz.Digraph) -> None:
+        """One edge per pair of classes, with every layout that passes."""
+        for ends, values in self.passing.items():
+            is_note = all(facts(value).role in ("parameter", "buffer") for value in values.values())
+            label = "" if is_note else f"<{_LABELLED.format(''.join(f'<TR>{row}</TR>' for row in values if row))}>"
             tip = _tooltip("\n".join(f"{value.name}: {self._described(value)}" for value in values.values()))
-            graph.edge(source.name, target.name, label, tooltip=tip, labeltooltip=tip, **style)
+            graph.edge(*ends, label, tooltip=tip, labeltooltip=tip, weight="1" if is_note else "3")
 
     def _passed(self, node: fx.Node) -> str:
         """Layout of a value as chips, and its global shape where the op behind it changed that."""
         known, operands = facts(node), node.all_input_nodes
         if not known.layouts:
             return ""
-        is_same = bool(operands) and facts(operands[0]).values[:1] == known.values[:1]
-        shape = "" if is_same or known.role == "conversion" else f"<TD>{_text(f'{short_dtype(known.value.dtype)}{list(known.value.shape)}', _PALE, 8)}</TD>"
-        return self._chips(known.layout) + shape
+        is_new = _is_view(node) or any(p.is_split for p in known.layout)
+        if not is_new or not operands or facts(operands[0]).value.shape == known.value.shape:
+            return self._chips(known.layout)
+        return self._chips(known.layout) + f"<TD>{_text(f'{short_dtype(known.value.dtype)}{list(known.value.shape)}', _PALE, 8)}</TD>"

@@ -146,8 +146,8 @@ def check_source(text: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             require(node.module == "autoshard_runtime", "its program imports more than its runtime")
         elif isinstance(node, (ast.Name, ast.Attribute)):
-            require("__" not in (node.id if isinstance(node, ast.Name) else ""), "its program reads a private name")
-            require(not isinstance(node, ast.Attribute) or not node.attr.startswith("__"), "its program reads a private name")
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            require(not name.startswith("__"), f"its program reads {name}")
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             is_known = called in FUNCTIONS or called == "float" or called.startswith(("aten.", "torch.ops.", "self."))

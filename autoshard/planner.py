@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx, nn
 
+from autoshard.errors import InputError
 from autoshard.mesh import MeshSpec
-from autoshard.placements import Layout
+from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
 from autoshard.program import Program
 from autoshard.runner import Pass, run_passes
+from autoshard.torch_internals import pytree
 
 if TYPE_CHECKING:
     from autoshard.module import Settings
+
+
+def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
+    """Axes that hold different parts of the batch when inputs are local: `dp` if there is one, else the first."""
+    return ("dp",) if "dp" in mesh.axes else mesh.axes[:1]
+
+
+def entry_layout(tensor: torch.Tensor, mesh: MeshSpec, inputs: str) -> Layout:
+    """How a plain tensor argument is given on each axis."""
+    whole = I if tensor.requires_grad else R
+    is_cut = inputs == "local" and tensor.dim() > 0
+    return tuple(S(0) if is_cut and axis in batch_axes(mesh) else whole for axis in mesh.axes)
+
+
+def check_batch(args: Any, mesh: MeshSpec, template: str, inputs: str) -> None:
+    """Raise InputError where the batch (dim 0 of the arguments) must be split and does not divide. args: any pytree of global tensors."""
+    tensor_axis = ("tp" if "tp" in mesh.axes else mesh.axes[-1]) if template.startswith("megatron") else ""
+    asked = tuple(axis for axis in mesh.axes if axis != tensor_axis) if template != "auto" else ()
+    axes = batch_axes(mesh) if inputs == "local" else asked
+    parts = math.prod(mesh.shape[mesh.index(axis)] for axis in axes)
+    lengths = [leaf.shape[0] for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    wrong = sorted({length for length in lengths if length % parts})
+    if wrong and (inputs == "local" or len(wrong) == len(set(lengths))):
+        ways = f"axis {axes[0]}" if len(axes) == 1 else f"axes {', '.join(axes)} together"
+        why = "inputs='local'" if inputs == "local" else f"template {template!r}"
+        nearest = max(parts, wrong[0] // parts * parts)
+        raise InputError(
+            f"{why} splits dim 0 of the arguments, of length {wrong[0]}, in {parts} on {ways}, which does not divide; "
+            f"use a batch of {nearest} or {nearest + parts}, or template='auto', which may keep the batch whole"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +68,15 @@ class Request:
 
 def passes_for(request: Request) -> tuple[Pass, ...]:
     """autoshard.passes.PASSES, each with its part of the request."""
-    from autoshard.passes import AnnotateShardings, EmitPrograms, FoldConstants, InsertCollectives, LocalizeShapes, NormalizeGraph, TraceModel
+    from autoshard.passes import (
+        AnnotateShardings,
+        EmitPrograms,
+        FoldConstants,
+        InsertCollectives,
+        LocalizeShapes,
+        NormalizeGraph,
+        TraceModel,
+    )
 
     asked = request.settings
     is_whole = asked.outputs == "whole"
@@ -54,5 +96,6 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
 def make_plan(request: Request) -> Plan:
     """Run the passes. Raises AutoshardError of the kind that fits."""
     asked = request.settings
+    check_batch((request.args, request.kwargs), request.mesh, asked.template, asked.inputs)
     program = run_passes(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
     return Plan(program, asked.hardware, type(request.model).__name__, asked.inputs, asked.outputs, asked.template, dict(asked.constraints))

@@ -69,7 +69,8 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
         ctx.axis, ctx.backward_collective = axis, backward
-        return run(forward, x, axis)
+        result = run(forward, x, axis)
+        return result.view_as(result) if result is x else result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -102,7 +103,7 @@ def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
     name, dim, segments, cut_dim, cut_segments = collective
     ops = torch.ops._c10d_functional
     if name == "identity":
-        return x.view_as(x)
+        return x
     if name == "all_gather":
         whole = _wait(ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
         return whole if dim == 0 and not segments and x.dim() else join(whole.chunk(axis.size), dim, segments)
@@ -118,11 +119,11 @@ def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
         shape = [size // axis.size if k == cut_dim else size for k, size in enumerate(x.shape)]
         return join([piece.view(shape) for piece in got], dim, segments)
     if name == "slice":
-        return cut(x, dim, segments, axis.size)[axis.rank].contiguous()
+        return cut(x, dim, segments, axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)  # a view would keep all of x
     if name == "place":
         return join([x if rank == axis.rank else torch.zeros_like(x) for rank in range(axis.size)], dim, segments)
     if name == "keep_first":
-        return x.view_as(x) if axis.rank == 0 else torch.zeros_like(x)
+        return x if axis.rank == 0 else torch.zeros_like(x)
     raise ValueError(f"unknown collective {name!r}")
 
 

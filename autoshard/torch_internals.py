@@ -13,6 +13,7 @@ from torch import nn
 
 # FakeTensor: tracing without memory, on the device where the program will run. If it moves: trace_model cannot start.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint as checkpoint_module
 
 # _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
@@ -22,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
 
-__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "pytree", "record_lost_backwards"]
+__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "local_of", "pytree", "record_lost_backwards"]
 
 
 def fake_mode() -> FakeTensorMode:
@@ -73,3 +74,31 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         checkpoint_module._checkpoint_without_reentrant_generator = inner
+
+
+class _Local(torch.autograd.Function):
+    """A DTensor's local tensor; the gradient comes back as a DTensor that lies as the parameter does.
+
+    DTensor.to_local derives global shape and layout of every gradient anew, and lets two parameters share one gradient's
+    memory, so that accumulating into one changes the other (test_shared_gradients). Here the parameter's own spec serves,
+    and a gradient that anybody else holds is copied. Private: DTensor's constructor, `_spec`, `Tensor._use_count`. If they
+    move: use `DTensor.to_local` on a clone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.spec = parameter._spec
+        return parameter._local_tensor.view_as(parameter._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> DTensor:  # type: ignore[override]
+        if grad._use_count() > 1 or not grad.is_contiguous():
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        return DTensor(grad, ctx.spec, requires_grad=grad.requires_grad)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The local tensor of a DTensor, differentiably; other tensors as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.to_local() if torch.compiler.is_compiling() else _Local.apply(tensor)

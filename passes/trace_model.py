@@ -52,6 +52,7 @@ class TraceModel:
         program.graph, program.out_spec = exported.graph, exported.call_spec.out_spec
         program.aliases = _aliases(self.model)
         _describe_nodes(program, exported, self.model, leaves, wants_grad)
+        _drop_constants(program)
         for name, layout in zip(filter(None, program.flat_inputs), self.entry_layouts, strict=False):
             next(facts(node) for node in program.nodes("input") if node.name == name).layouts = (layout,)
         return program
@@ -123,6 +124,13 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
         else:
             set_facts(node, Facts("output"))
     _keep_constants(program, exported, model)
+
+
+def _drop_constants(program: Program) -> None:
+    """Arguments that are no tensors are baked in; the program does not take them."""
+    for node in program.nodes("input"):
+        if node.name not in program.flat_inputs and not node.users:
+            program.graph.erase_node(node)
 
 
 def _placeholder_facts(node: fx.Node, spec: Any, originals: Mapping[str, torch.Tensor], grads: Mapping[str, bool]) -> Facts:

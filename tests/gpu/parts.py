@@ -256,30 +256,30 @@ def make_task(device: str, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]
     return model, [torch.randint(GPT_ON_CPU.vocab, (4, GPT_ON_CPU.block)).to(device) for _ in range(STEPS)]
 
 
-def train_on_rank(device: str, templates: Sequence[str]) -> dict[tuple[str, str], Any]:
+def train_on_rank(device: str, templates: Sequence[str], dtypes: Sequence[torch.dtype]) -> dict[tuple[str, torch.dtype], Any]:
     """Every template and dtype, on one of four processes."""
     if device == "cuda":
         torch.cuda.set_device(0)
         torch.cuda.init()
         staging = stage_through_host()  # noqa: F841 - alive until the end
     mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("dp", "tp"))
-    results: dict[tuple[str, str], Any] = {}
+    results: dict[tuple[str, torch.dtype], Any] = {}
     for template in templates:
-        for dtype in TOLERANCES:
+        for dtype in dtypes:
             model, batches = make_task(device, dtype)
-            results[template, str(dtype)] = train(autoshard.compile(model, mesh, template=template), batches)  # type: ignore[arg-type]
+            results[template, dtype] = train(autoshard.compile(model, mesh, template=template), batches)  # type: ignore[arg-type]
     return results
 
 
 def run_four_ranks(found: Findings, device: str) -> None:
     """Mesh dp=2,tp=2, all ranks on the same GPU: losses and parameters after three steps equal one process's."""
-    templates = TEMPLATES if device == "cuda" else TEMPLATES[:1]
-    expected = {str(dtype): train(*make_task(device, dtype)) for dtype in TOLERANCES}
-    ranks = run_on_ranks(4, train_on_rank, device, templates)
+    templates, dtypes = (TEMPLATES, list(TOLERANCES)) if device == "cuda" else (TEMPLATES[:1], [torch.float64])
+    expected = {dtype: train(*make_task(device, dtype)) for dtype in dtypes}
+    ranks = run_on_ranks(4, train_on_rank, device, templates, dtypes)
     for template in templates:
-        for dtype, (loss_tolerance, tolerance) in TOLERANCES.items():
-            losses, parameters = expected[str(dtype)]
-            got = [rank[template, str(dtype)] for rank in ranks]
+        for dtype in dtypes:
+            (losses, parameters), (loss_tolerance, tolerance) = expected[dtype], TOLERANCES[dtype]
+            got = [rank[template, dtype] for rank in ranks]
             loss_error = max(abs(a - b) for mine, _ in got for a, b in zip(losses, mine, strict=True))
             error = max(float((parameters[name] - mine[name]).abs().max()) for _, mine in got for name in parameters)
             is_good = loss_error <= loss_tolerance and error <= tolerance

@@ -1,0 +1,154 @@
+"""Measure how fast plans are made and what they are predicted to cost; writes docs/benchmarks/planning.md.
+
+    python tests/benchmarks/run.py             what `make bench` runs; needs no GPU, a few minutes
+    python tests/benchmarks/run.py --repeats 1 --out FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import autoshard  # noqa: E402
+from autoshard.text import human_bytes, human_seconds  # noqa: E402
+from gpt import GPT, GPTConfig  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+
+TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
+PHASES = ("trace", "build", "solve", "emit")
+
+
+class Case(NamedTuple):
+    """A model on a mesh; ids of shape [batch, length] are inputs and labels."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    mesh: str
+    batch: int
+    length: int
+    hardware: str
+
+
+CASES = {
+    "gpt": Case("GPT, 10.7 M (examples/gpt.py)", lambda: GPT(GPTConfig()), "dp=2,tp=2", 8, 128, "cpu"),
+    "gpt2": Case(
+        "GPT, sizes of GPT-2 small",
+        lambda: GPT(GPTConfig(layers=12, heads=12, width=768, block=1024, vocab=50304)).bfloat16(),
+        "dp=2,tp=4",
+        16,
+        1024,
+        "h100",
+    ),
+    "llama": Case("Llama, 1.1 B (examples/llama.py)", lambda: Llama(LlamaConfig()).bfloat16(), "dp=2,tp=4", 8, 2048, "h100"),
+}
+
+
+def peak_rss_bytes() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def plan_once(case: Case, template: str) -> dict[str, Any]:
+    """One plan, in this process. Its stats, with what the process held at most and parameters per rank."""
+    with torch.device("meta"):
+        model = case.make()
+        ids = torch.zeros(case.batch, case.length, dtype=torch.long)
+    plan = autoshard.plan(model, case.mesh, (ids,), {"labels": ids}, hardware=case.hardware, template=template)  # type: ignore[arg-type]
+    return {**plan.stats, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def measure(key: str, template: str) -> dict[str, Any]:
+    """plan_once in a process of its own, so that nothing is cached from another plan."""
+    done = subprocess.run([sys.executable, __file__, "--once", key, template], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{key} under {template} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def speed_table(repeats: int) -> list[list[str]]:
+    rows = []
+    for key, case in CASES.items():
+        runs = [measure(key, "auto") for _ in range(repeats)]
+        phases = [f"{statistics.median(run[f'{phase}_s'] for run in runs):.2f}" for phase in PHASES]
+        rss = human_bytes(statistics.median(run["peak_rss_bytes"] for run in runs))
+        first = runs[0]
+        rows.append([case.name, case.mesh, str(first["nodes"]), *phases, rss, human_seconds(first["objective_s"]), human_seconds(first["bound_s"])])
+        print("  ".join(rows[-1]), flush=True)
+    return rows
+
+
+def quality_table(key: str) -> tuple[list[str], list[list[str]]]:
+    """Every template beside auto: predicted step, what a rank keeps, and what it sends, by collective."""
+    runs = {template: measure(key, template) for template in TEMPLATES}
+    kinds = sorted({kind for run in runs.values() for kind in run["wire_bytes_per_step"]})
+    best = runs["auto"]["objective_s"]
+    rows = []
+    for template, run in runs.items():
+        sent = [human_bytes(run["wire_bytes_per_step"].get(kind, 0.0)) for kind in kinds]
+        rows.append([template, human_seconds(run["objective_s"]), f"{run['objective_s'] / best:.2f}", human_bytes(run["kept_bytes"]), *sent])
+        print(key, "  ".join(rows[-1]), flush=True)
+    return ["", "predicted step", "against auto", "kept by a rank", *kinds], rows
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
+
+
+def report(repeats: int) -> str:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    columns = ["model", "mesh", "nodes", *(f"{phase}, s" for phase in PHASES), "peak RSS", "objective", "bound"]
+    lines = [
+        "# Planning",
+        "",
+        f"{date.today().isoformat()}; autoshard {version}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.",
+        "Written by `make bench` (tests/benchmarks/run.py).",
+        "",
+        "## How long a plan takes",
+        "",
+        f"Template `auto`, models on the meta device, each plan in a fresh process; medians of {repeats}. `nodes` counts the emitted program's. ",
+        "The objective is the predicted step; no plan can be predicted below the bound.",
+        "",
+        *table(columns, speed_table(repeats)),
+        "",
+        "## What plans are predicted to cost",
+        "",
+        "Predictions of the cost model, not measurements. A rank keeps parameters, gradients, optimizer state and activations for backward; the "
+        "other columns are the bytes that it sends in a step.",
+    ]
+    for key, case in CASES.items():
+        lines += ["", f"### {case.name}: {case.mesh}, {case.batch} x {case.length} tokens, {case.hardware}", "", *table(*quality_table(key))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure planning, write docs/benchmarks/planning.md.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
+    parser.add_argument("--once", nargs=2, metavar=("CASE", "TEMPLATE"), help="one plan, its stats as JSON")
+    args = parser.parse_args()
+    if args.once:
+        print(json.dumps(plan_once(CASES[args.once[0]], args.once[1])))
+        return
+    text = report(args.repeats)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "planning.md").write_text(text)
+    print(f"\nWritten to {args.out}/planning.md")
+
+
+if __name__ == "__main__":
+    main()
