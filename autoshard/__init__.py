@@ -1,6 +1,7 @@
 """autoshard: a compiler-style graph partitioner for PyTorch."""
 
 from autoshard.api import Options, compile, plan, simulate, verify
+from autoshard.checkpoint import checkpointable
 from autoshard.errors import AutoshardError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
@@ -8,4 +9,16 @@ from autoshard.plan import Plan
 from autoshard.rules import register_rule
 
 __version__ = "0.1.0"
-__all__ = ["AutoshardError", "Hardware", "MeshSpec", "Options", "Plan", "compile", "plan", "register_rule", "simulate", "verify"]
+__all__ = [
+    "AutoshardError",
+    "Hardware",
+    "MeshSpec",
+    "Options",
+    "Plan",
+    "checkpointable",
+    "compile",
+    "plan",
+    "register_rule",
+    "simulate",
+    "verify",
+]

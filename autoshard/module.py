@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import linecache
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from autoshard import runtime
 from autoshard.agreement import agree, content
+from autoshard.checkpoint import checkpointable
 from autoshard.constraints import Template
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import InputError, MeshError, PlanError
@@ -159,6 +161,10 @@ class ShardedModule(nn.Module):
         if key not in state.ready:
             state.ready[key] = self._prepare(args, kwargs, leaves)
         return leaves, state.ready[key]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module.state_dict: DTensors that share memory with the parameters, and that torch.distributed.checkpoint understands."""
+        return checkpointable(super().state_dict(*args, **kwargs))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
@@ -454,10 +460,11 @@ def load_program(
     filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
     text = plan.program.source
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"__name__": "autoshard_program"}
-    exec(compile(text, filename, "exec"), namespace)
+    module = types.ModuleType(f"autoshard_program_{plan.fingerprint[:12]}")
+    sys.modules[module.__name__] = module  # torch.compile looks its globals up there
+    exec(compile(text, filename, "exec"), vars(module))
     constants = {name: value.to(device) for name, value in plan.program.constants.items()}
-    return namespace["Rank"](axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
+    return module.Rank(axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

@@ -33,29 +33,33 @@ _VIEWS = re.compile(
     "view|reshape|_unsafe_view|transpose|permute|t|numpy_T|unsqueeze|squeeze|expand|flatten|unflatten|slice|select|split|split_with_sizes"
     "|chunk|unbind|alias|detach|contiguous"
 )
-_SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy", "convolution": "conv"}
-_INK, _PALE, _LINE = "#1f2933", "#6b7785", "#8a97a6"
+_SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy"}
+_INK, _PALE, _LINE = "#1f2933", "#5f6b78", "#8a97a6"
 _CHIPS = {"S": ("#cfe3ff", "#0b3d91"), "P": ("#ffdfb8", "#8a3b00"), "R": ("#ffffff", _PALE), "I": ("#ffffff", _PALE)}
 _PILLS = {"all_gather": "#1b7a43", "reduce_scatter": "#7436a8", "all_reduce": "#b3261e", "all_to_all": "#0b6e82"}
 _DEPTHS = ("#f6f8fb", "#edf1f7", "#e4eaf3", "#dbe3ee")
-_LABELLED = "<TABLE BORDER='0' CELLBORDER='0' CELLSPACING='1' CELLPADDING='1'>{}</TABLE>"
+_NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": _INK, "margin": "0.08,0.04", "height": ".2", "width": ".3"}
+_SMALL = {"color": "#c9d0d8", "fillcolor": "#fbfcfd", "margin": "0.04,0.02"}
+_LOCAL = {**_SMALL, "fillcolor": "#e3e7ec"}
+_NOTE = {"shape": "note", "style": "filled", "fillcolor": "#fffbe6", "color": "#b59f3b", "margin": "0.03,0.01"}
+_PORT = {"style": "filled", "fillcolor": "#d8dee6", "penwidth": "1.5"}
+_PLAIN = {"shape": "plain", "style": ""}
+Drawn = tuple[str, dict[str, str]]  # a label and the node's attributes
 
 
 def draw(program: Program, level: Level = "modules", costs: CostModel | None = None) -> graphviz.Digraph:
     """The graph of `program` after insert_collectives; no Graphviz binary is needed until it is rendered.
 
     level: "ops" draws every node, "modules" one layer of each kind and one node per run of light ops. costs: prices of
-    the mesh (bytes do not depend on the hardware).
+    the mesh (the bytes that are shown do not depend on the hardware).
     """
-    homes = _homes(program)
-    is_folded = level == "modules"
-    first, folds = _fold_layers(program, homes) if is_folded else ({}, {})
+    homes, is_folded = _homes(program), level == "modules"
+    first, copies = _fold_layers(program, homes) if is_folded else ({}, {})
     classes = _contract(program, homes, first) if is_folded else _Classes({node: node for node in program.nodes()}, first)
-    sketch = _Sketch(program, costs or CostModel(program.mesh, hardware_of(None)), homes, first, folds, classes, level)
+    sketch = _Sketch(program, costs or CostModel(program.mesh, hardware_of(None)), homes, copies, classes, level)
     graph = graphviz.Digraph("autoshard", comment=f"mesh {program.mesh}, level {level}")
     graph.attr(nodesep="0.18", ranksep="0.22", fontname="Helvetica", labelloc="t", bgcolor="white", label=sketch.title(), tooltip=" ")
-    graph.attr("node", fontname="Helvetica", fontcolor=_INK, shape="box", style="rounded,filled", fillcolor="white")
-    graph.attr("node", margin="0.08,0.04", height="0.2", width="0.3")
+    graph.attr("node", fontname="Helvetica", fontsize="11", fontcolor=_INK, **_NODE)
     graph.attr("edge", fontname="Helvetica", color=_LINE, arrowsize="0.6")
     _add_legend(graph)
     sketch.add_nodes(graph)
@@ -88,30 +92,32 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[: k + 1]) for k in range(len(parts))]
 
 
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
 def _fold_layers(program: Program, homes: Mapping[fx.Node, str]) -> tuple[dict[fx.Node, fx.Node], dict[str, list[str]]]:
     """Nodes of repeated layers -> their counterpart in the first one; path of each first layer -> paths of its copies."""
     inside: dict[str, list[fx.Node]] = {}
     for node, home in homes.items():
         for path in _prefixes(home):
             inside.setdefault(path, []).append(node)
-    split = {path: path.rpartition(".") for path in inside}
-    numbered = [path for path, (_, _, last) in split.items() if last.isdigit()]
-    numbered.sort(key=lambda path: (path.count("."), split[path][0], int(split[path][2])))
+    numbered = [path for path in inside if path.rpartition(".")[2].isdigit()]
+    numbered.sort(key=lambda path: (path.count("."), _parent(path), int(path.rpartition(".")[2])))
     first: dict[fx.Node, fx.Node] = {}
-    folds: dict[str, list[str]] = {}
-    for _, same in itertools.groupby(numbered, key=lambda path: (split[path][0], _signature(path, inside[path]))):
-        kept, *copies = same
-        if not copies or inside[kept][0] in first:
-            continue
-        folds[kept] = copies
-        first.update((twin, node) for copy in copies for node, twin in zip(inside[kept], inside[copy], strict=True))
+    copies: dict[str, list[str]] = {}
+    for _, same in itertools.groupby(numbered, key=lambda path: (_parent(path), _signature(path, inside[path]))):
+        kept, *others = same
+        if others and inside[kept][0] not in first:
+            copies[kept] = others
+            first.update((twin, node) for other in others for node, twin in zip(inside[kept], inside[other], strict=True))
     between: dict[tuple, fx.Node] = {}
     for node in program.nodes("conversion"):
         source = node.all_input_nodes[0]
         found = between.setdefault((node.target, first.get(source, source), *node.args[1:]), node)
-        if node not in first and found is not node:
-            first[node] = found
-    return first, folds
+        if found is not node:
+            first.setdefault(node, found)
+    return first, copies
 
 
 def _signature(path: str, nodes: list[fx.Node]) -> tuple:
@@ -145,8 +151,8 @@ class _Classes:
         """Heads of what `node` reads."""
         return [self.head_of(operand) for operand in node.all_input_nodes]
 
-    def merge(self, into: fx.Node, node: fx.Node) -> None:
-        kept, gone = sorted((self.head[into], self.head[node]), key=self.order.__getitem__)
+    def merge(self, one: fx.Node, other: fx.Node) -> None:
+        kept, gone = sorted((self.head[one], self.head[other]), key=self.order.__getitem__)
         if kept is not gone:
             self.members[kept] = sorted(self.members[kept] + self.members.pop(gone), key=self.order.__getitem__)
             self.head.update((member, kept) for member in self.members[kept])
@@ -166,17 +172,17 @@ class _Classes:
 
 
 def _contract(program: Program, homes: Mapping[fx.Node, str], first: Mapping[fx.Node, fx.Node]) -> _Classes:
-    shown = [node for node in program.nodes() if node not in first]
-    classes = _Classes({node: node for node in shown}, first)
+    classes = _Classes({node: node for node in program.nodes() if node not in first}, first)
     named: dict[tuple, fx.Node] = {}
-    for node in shown:
+    for node in list(classes.head):
         operands, role = classes.operands(node), facts(node).role
+        is_update = bool(node.users) and all(facts(user).role == "update" for user in node.users) and role == "op"
         if operands and (role == "projection" or _is_view(node)):
             classes.merge(operands[0], node)
         elif role == "conversion":
             classes.merge(named.setdefault((node.target, node.args[1], operands[0]), node), node)
-        elif role in ("parameter", "buffer", "update"):
-            classes.merge(named.setdefault((role == "update", homes[node]), node), node)
+        elif role in ("parameter", "buffer", "update") or is_update:
+            classes.merge(named.setdefault((role == "update" or is_update, homes[node]), node), node)
         elif _is_light(node):
             for head in map(classes.head_of, operands):
                 later = classes.head[node]
@@ -195,11 +201,12 @@ def _is_view(node: fx.Node) -> bool:
     if facts(node).role != "op":
         return False
     given = arguments(node)
-    return bool(_VIEWS.fullmatch(_packet(node))) or (_packet(node) == "dropout" and not (given.get("p") and given.get("train")))
+    is_idle = _packet(node) == "dropout" and not (given.get("p") and given.get("train"))
+    return is_idle or _VIEWS.fullmatch(_packet(node)) is not None
 
 
 def _is_light(node: fx.Node) -> bool:
-    """Whether an op may share a picture node: bound by memory, and the same code on every rank."""
+    """Whether an op may share a picture node: bound by memory, and no lowering took its place."""
     rule = rule_of(op_name(node))
     return facts(node).role == "op" and facts(node).op is None and rule is not None and rule.bound == "memory"
 
@@ -207,98 +214,113 @@ def _is_light(node: fx.Node) -> bool:
 # --------------------------------------------------------------------------------------------------------- what is drawn
 
 
-def _text(text: str, color: str = _INK, size: int = 11, bold: bool = False) -> str:
-    if not text:
-        return ""  # Graphviz takes no empty tag
+def _text(text: str, color: str = _INK, size: int = 11, is_bold: bool = False) -> str:
     inner = html.escape(text)
-    return f"<FONT COLOR='{color}' POINT-SIZE='{size}'>{f'<B>{inner}</B>' if bold else inner}</FONT>"
+    inner = f"<B>{inner}</B>" if is_bold else inner
+    return f"<FONT COLOR='{color}' POINT-SIZE='{size}'>{inner}</FONT>" if text else ""
 
 
-def _tooltip(text: str) -> str:
-    return graphviz.escape(text.strip() or " ")
+def _table(rows: Iterable[str]) -> str:
+    inner = "".join(f"<TR>{row}</TR>" for row in rows if row)
+    return f"<<TABLE BORDER='0' CELLBORDER='0' CELLSPACING='1' CELLPADDING='1'>{inner}</TABLE>>" if inner else ""
 
 
-def _next(head: fx.Node) -> str:
+def _cell(inner: str, attributes: str = "ALIGN='LEFT'") -> str:
+    return f"<TD {attributes}>{inner or ' '}</TD>"
+
+
+def _chip(kind: str, text: str) -> str:
+    return _cell(_text(text, _CHIPS[kind][1], 9), f"BGCOLOR='{_CHIPS[kind][0]}'")
+
+
+def _tooltip(lines: Iterable[str]) -> str:
+    return graphviz.escape("\n".join(lines).strip() or " ")
+
+
+def _stub(head: fx.Node) -> str:
     """Name of the mark below a class that stands for its users in the copies of a folded layer."""
     return f"{head.name}__next"
 
 
 def _add_legend(graph: graphviz.Digraph) -> None:
-    def chip(kind: str, text: str) -> str:
-        return f"<TD BGCOLOR='{_CHIPS[kind][0]}'>{_text(kind, _CHIPS[kind][1], 9)}</TD><TD ALIGN='LEFT'>{_text(text, size=9)}</TD>"
-
-    chips = (("S", "split along a dim"), ("P", "partial: the value is the sum"), ("R", "whole, used differently"), ("I", "whole, used identically"))
-    rows = [f"<TR>{chip(*row)}</TR>" for row in chips]
-    for name, color in _PILLS.items():
-        rows.append(f"<TR><TD BGCOLOR='{color}'>      </TD><TD ALIGN='LEFT'>{_text(name.replace('_', '-'), size=9)}</TD></TR>")
-    rows.append(f"<TR><TD COLOR='{_PILLS['all_reduce']}' BORDER='1'>      </TD><TD ALIGN='LEFT'>{_text('in backward only', size=9)}</TD></TR>")
-    rows.append(f"<TR><TD BGCOLOR='#e3e7ec'>      </TD><TD ALIGN='LEFT'>{_text('local, no communication', size=9)}</TD></TR>")
+    meanings = {"S": "split along a dim", "P": "partial, to be summed", "R": "whole, used differently", "I": "whole, used alike"}
+    swatches = [(f"BGCOLOR='{color}'", name.replace("_", "-")) for name, color in _PILLS.items()]
+    swatches += [(f"BORDER='1' COLOR='{_PILLS['all_reduce']}'", "in backward only"), (f"BGCOLOR='{_LOCAL['fillcolor']}'", "local")]
+    rows = [_chip(kind, kind) + _cell(_text(text, size=9)) for kind, text in meanings.items()]
+    rows += [_cell("      ", swatch) + _cell(_text(text, size=9)) for swatch, text in swatches]
     with graph.subgraph(name="cluster_legend") as legend:
         legend.attr(label="legend", fontsize="11", style="rounded", color=_LINE, labeljust="l", tooltip="legend")
-        legend.node("legend", f"<{_LABELLED.format(''.join(rows))}>", shape="plain", style="", tooltip="bytes: what a rank sends; fwd, bwd: forward, backward")
+        legend.node("legend", _table(rows), _attributes={**_PLAIN, "tooltip": "bytes that a rank sends: forward (fwd), backward (bwd)"})
 
 
 @dataclass
 class _Sketch:
-    """All that drawing one program needs: where nodes live, what is folded, which nodes are one."""
+    """What drawing one program needs: where nodes live, which layers are folded, which nodes are one."""
 
     program: Program
     costs: CostModel
     homes: Mapping[fx.Node, str]
-    first: Mapping[fx.Node, fx.Node]
-    folds: Mapping[str, list[str]]
+    copies: Mapping[str, list[str]]
     classes: _Classes
     level: Level
 
     def __post_init__(self) -> None:
-        ops = [head for head in self.classes.members if facts(head).role == "op"]
         counts: dict[str, int] = {}
-        for path in (path for head in ops for path in _prefixes(self.homes[head])):
+        for path in (path for head in self.classes.members if facts(head).role == "op" for path in _prefixes(self.homes[head])):
             counts[path] = counts.get(path, 0) + 1
-        wanted = {path for path, count in counts.items() if count > 1 or self.level == "ops" or path in self.folds}
-        homes = {self._frame(self.homes[head], wanted) for head in self.classes.members}
-        parents = [self._frame(path.rpartition(".")[0], wanted) for path in wanted]
-        self.clusters = {path for path in wanted if path in homes or path in self.folds or parents.count(path) > 1}
+        wanted = {path: None for path, count in counts.items() if count > 1 or self.level == "ops" or path in self.copies}
+        homes = {self._frame(home, wanted) for node, home in self.homes.items() if node in self.classes.members}
+        parents = [self._frame(_parent(path), wanted) for path in wanted]
+        self.clusters = [path for path in wanted if path in homes or path in self.copies or parents.count(path) > 1]
+        self.kinds = {facts(node).source.module: facts(node).source.module_class for node in self.program.nodes("op")}
         self.passing = self._collect()
-        self.module_classes = {facts(node).source.module: facts(node).source.module_class for node in self.program.nodes("op")}
 
-    @staticmethod
-    def _frame(path: str, clusters: Iterable[str]) -> str:
+    def _frame(self, path: str, clusters: Iterable[str] | None = None) -> str:
         """The innermost cluster around a path; "" for none."""
-        return next((prefix for prefix in reversed(_prefixes(path)) if prefix in clusters), "")
+        known = self.clusters if clusters is None else clusters
+        return next((prefix for prefix in reversed(_prefixes(path)) if prefix in known), "")
 
     def title(self) -> str:
         mesh, step_s = self.program.mesh, self.program.stats.get("objective_s")
-        parts = [f"mesh {mesh}: {mesh.size} ranks", *([f"predicted step {human_seconds(step_s)}"] if step_s else [])]
+        first = f"mesh {mesh}, {mesh.size} ranks" + (f", predicted step {human_seconds(step_s)}" if step_s else "")
         moved = [f"{name.replace('_', '-')} {human_bytes(count)}" for name, count in traffic(self.program, self.costs).items()]
-        sent = "a rank sends per step: " + (", ".join(moved) or "nothing")
-        return f"<{_text(', '.join(parts), size=15, bold=True)}<BR/>{_text(sent, _PALE)}<BR/> >"
+        second = f"a rank sends per step: {', '.join(moved) or 'nothing'}"
+        return f"<{_text(first, size=15, is_bold=True)}<BR/>{_text(second, _PALE)}<BR/> >"
 
     def add_nodes(self, graph: graphviz.Digraph, path: str = "") -> None:
         """Nodes of one cluster, then the clusters in it."""
         for head, members in self.classes.members.items():
-            if self._frame(self.homes[head], self.clusters) == path:
-                self._add_node(graph, head, members)
-                if (head.name, _next(head)) in self.passing:
-                    graph.node(_next(head), f"<{_text('↻ next layer', _PALE, 9)}>", shape="plain", style="", tooltip="what the folded layers read")
-        for child in [p for p in self._ordered() if self._frame(p.rpartition(".")[0], self.clusters) == path]:
-            with graph.subgraph(name=f"cluster_{child}") as inner:
-                depth = min(sum(p in self.clusters for p in _prefixes(child)), len(_DEPTHS)) - 1
-                names = [p.removeprefix(f"{path}.") for p in (child, *self.folds.get(child, ()))]
-                name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}  ×{len(names)}"
-                inner.attr(label=f"<{_text(name, bold=True)} {_text(self.module_classes.get(child, ''), _PALE)}>", tooltip=_tooltip(child))
-                inner.attr(style="rounded,filled", fillcolor=_DEPTHS[depth], color=_INK if child in self.folds else _LINE, labeljust="l")
-                inner.attr(penwidth="2" if child in self.folds else "1", fontsize="11", margin="8")
-                self.add_nodes(inner, child)
+            if self._frame(self.homes[head]) == path:
+                label, attributes = self._drawn(head, members)
+                tip = _tooltip(f"{member.name}: {self._described(member)}  {facts(member).source}" for member in members[:12])
+                graph.node(head.name, label, _attributes={**attributes, "tooltip": tip})
+                if (head.name, _stub(head)) in self.passing:
+                    graph.node(_stub(head), f"<{_text('↻ next layer', _PALE, 9)}>", _attributes=_PLAIN)
+        for child in self.clusters:
+            if self._frame(_parent(child)) == path:
+                with graph.subgraph(name=f"cluster_{child}") as inner:
+                    inner.attr(_attributes=self._cluster(child, path))
+                    self.add_nodes(inner, child)
 
-    def _ordered(self) -> list[str]:
-        return list(dict.fromkeys(p for home in self.homes.values() for p in _prefixes(home) if p in self.clusters))
+    def _cluster(self, child: str, path: str) -> dict[str, str]:
+        names = [".".join(p.split(".")[-2:]) for p in (child, *self.copies.get(child, ()))]
+        name = child.removeprefix(f"{path}.") if len(names) == 1 else f"{names[0]} … {names[-1]}  ×{len(names)}"
+        depth = sum(p in self.clusters for p in _prefixes(child)) - 1
+        line = {"color": _INK, "penwidth": "2"} if child in self.copies else {"color": _LINE, "penwidth": "1"}
+        label = f"<{_text(name, is_bold=True)} {_text(self.kinds.get(child, ''), _PALE)}>"
+        fill = {"style": "rounded,filled", "fillcolor": _DEPTHS[min(depth, len(_DEPTHS) - 1)]}
+        return {"label": label, "labeljust": "l", "margin": "8", "tooltip": _tooltip([child]), **fill, **line}
 
-    def _add_node(self, graph: graphviz.Digraph, head: fx.Node, members: list[fx.Node]) -> None:
-        draw_one = {"parameter": self._note, "buffer": self._note, "conversion": self._pill, "input": self._port, "output": self._port}
-        label, style = draw_one.get(facts(head).role, self._op)(head, members)
-        lines = [f"{member.name}: {self._described(member)}  {facts(member).source}" for member in members[:12]]
-        graph.node(head.name, label, tooltip=_tooltip("\n".join(lines)), **style)
+    def _drawn(self, head: fx.Node, members: list[fx.Node]) -> Drawn:
+        role = facts(head).role
+        if role in ("parameter", "buffer"):
+            return self._note(head, members)
+        if role == "conversion":
+            return self._pill(head, [node for node in members if facts(node).role == "conversion"])
+        if role in ("input", "output"):
+            shape = f"<BR/>{_text(self._shape(head), _PALE, 9)}" if facts(head).values else ""
+            return f"<{_text(f'{role} {facts(head).name}'.strip(), is_bold=True)}{shape}>", _PORT
+        return self._op(head, members)
 
     def _described(self, node: fx.Node) -> str:
         return describe_value(facts(node), self.program) if facts(node).values else ""
@@ -307,77 +329,73 @@ class _Sketch:
         return self._described(node).partition("  ")[0] + (f" ×{len(facts(node).values)}" if len(facts(node).values) > 1 else "")
 
     def _chips(self, layout: Layout) -> str:
-        cells = zip(layout, format_layout(layout, self.program.mesh).split(), strict=True)
-        return "".join(f"<TD BGCOLOR='{_CHIPS[p.kind][0]}'>{_text(text, _CHIPS[p.kind][1], 9)}</TD>" for p, text in cells)
+        texts = format_layout(layout, self.program.mesh).split() if layout else ()
+        return "".join(_chip(placement.kind, text) for placement, text in zip(layout, texts, strict=True))
 
-    def _note(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
-        rows, frame = [], self._frame(self.homes[head], self.clusters)
-        for node in members:
-            if facts(node).role in ("parameter", "buffer"):
-                name = _text(facts(node).name.removeprefix(f"{frame}."), size=9, bold=facts(node).role == "parameter")
-                rows.append(f"<TR><TD ALIGN='LEFT'>{name} {_text(self._shape(node), _PALE, 9)}</TD>{self._chips(facts(node).layout)}</TR>")
-        return f"<{_LABELLED.format(''.join(rows))}>", {"shape": "note", "style": "filled", "fillcolor": "#fffbe6", "color": "#b59f3b", "margin": "0.03,0.01"}
+    def _note(self, head: fx.Node, members: list[fx.Node]) -> Drawn:
+        rows, frame = [], self._frame(self.homes[head])
+        for known in map(facts, members):
+            if known.role in ("parameter", "buffer"):
+                name = _text(known.name.removeprefix(f"{frame}."), size=9, is_bold=known.role == "parameter")
+                shape = describe_value(known, self.program).partition("  ")[0]
+                rows.append(_cell(f"{name} {_text(shape, _PALE, 9)}") + self._chips(known.layouts[0] if known.layouts else ()))
+        return _table(rows), _NOTE
 
-    def _port(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
-        role = facts(head).role
-        title = f"{role} {facts(head).name}".strip()
-        shape = f"<BR/>{_text(self._shape(head), _PALE, 9)}" if facts(head).values else ""
-        return f"<{_text(title, bold=True)}{shape}>", {"fillcolor": "#d8dee6", "color": _INK, "penwidth": "1.5", "style": "filled"}
+    def _op(self, head: fx.Node, members: list[fx.Node]) -> Drawn:
+        updates = [f"update {facts(node).name.rpartition('.')[2]}" for node in members if facts(node).role == "update"]
+        ops = [node for node in members if not _is_view(node) and facts(node).role == "op"]
+        names = updates or list(dict.fromkeys(_SHORT.get(_packet(node), _packet(node).strip("_")) for node in ops or members))
+        if facts(head).role == "projection":
+            names = [f"[{head.args[1]}]"]
+        home, shape = self.homes[head], _text(self._shape((ops or members)[-1]), _PALE, 9)
+        axes = [f"{key}={','.join(value)}" for node in ops for key, value in node.kwargs.items() if key.endswith("_axes")]  # type: ignore[arg-type]
+        is_framed = self._frame(home) == home
+        title, name = " ".join(names[:4]) + " …" * (len(names) > 4), "" if is_framed else home.rpartition(".")[2]
+        if name and len(ops) > 1:
+            title = self.kinds.get(home) or title
+        if updates or not ops or facts(head).is_constant:
+            return f"<{_text(f'{name} {title}'.strip(), _PALE, 9)} {shape}>", _SMALL
+        lines = [f"{_text(name, is_bold=True)} {_text(title, is_bold=is_framed)}", shape, _text(" ".join(axes), size=9)]
+        return f"<{'<BR/>'.join(filter(None, lines))}>", {}
 
-    def _op(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
-        ops = [node for node in members if not _is_view(node) and facts(node).role != "projection"]
-        names = list(dict.fromkeys(_SHORT.get(_packet(node), _packet(node).strip("_")) for node in ops or members))
-        home, shape = self.homes[head], self._shape((ops or members)[-1])
-        is_framed, is_pale = self._frame(home, self.clusters) == home, not ops or facts(head).is_constant or facts(head).role == "update"
-        title = _text(" ".join(names[:4]) + " …" * (len(names) > 4), bold=is_framed)
-        if not is_framed:
-            title = f"{_text(home.rpartition('.')[2], bold=True)} {title if len(ops) == 1 else _text(self.module_classes.get(home, ''))}"
-        if is_pale:
-            return f"<{title} {_text(shape, _PALE, 8)}>", {"color": "#c9d0d8", "fillcolor": "#fbfcfd", "margin": "0.04,0.02", "fontsize": "9"}
-        return f"<{title}<BR/>{_text(shape, _PALE, 9)}>", {"color": _INK}
-
-    def _pill(self, head: fx.Node, members: list[fx.Node]) -> tuple[str, dict[str, str]]:
-        members = [node for node in members if facts(node).role == "conversion"]
+    def _pill(self, head: fx.Node, members: list[fx.Node]) -> Drawn:
         row, axis = BY_NAME[head.target.__name__], head.args[1]  # type: ignore[union-attr]
-        sent = [sum(column) for column in zip(*(wire_bytes(self.program, node, self.costs) for node in members), strict=True)]
-        copies = sum(twin is head for twin in self.first.values()) if not any(p in self.folds for p in _prefixes(self.homes[head])) else 0
-        count = f" ×{1 + copies}" if copies else ""
-        ways = [(name, way, bytes_) for name, way, bytes_ in zip((row.forward, row.backward), ("fwd", "bwd"), sent, strict=True) if bytes_]
+        is_inside = any(path in self.copies for path in _prefixes(self.homes[head]))
+        copies = 0 if is_inside else sum(twin is head for twin in self.classes.first.values())
+        where = f" @{axis}" + (f" ×{1 + copies}" if copies else "")
+        sent = map(sum, zip(*(wire_bytes(self.program, node, self.costs) for node in members), strict=True))
+        ways = [way for way in zip((row.forward, row.backward), ("fwd", "bwd"), sent, strict=True) if way[2]]
         if not ways:
-            local = row.name.removesuffix("_invariant").replace("_", " ")
-            return f"<{_text(f'{local} @{axis}{count}', _PALE, 8)}>", {"fillcolor": "#e3e7ec", "color": "#c9d0d8", "margin": "0.05,0.02"}
-        main, color = ways[0][0], _PILLS[ways[0][0]]
-        title = f"{main.replace('_', '-')} @{axis}{count}"
-        ink = "#ffffff" if row.forward in COMMUNICATES else color
-        lines = [f"{way} {human_bytes(bytes_)}" if name == main else f"{way} {name.replace('_', '-')} {human_bytes(bytes_)}" for name, way, bytes_ in ways]
-        fill = {"fillcolor": color} if row.forward in COMMUNICATES else {"fillcolor": "#ffffff", "penwidth": "1.5"}
-        return f"<{_text(title, ink, 10, True)}<BR/>{_text(', '.join(lines), ink, 8)}>", {"color": color, **fill}
+            return f"<{_text(row.name.removesuffix('_invariant').replace('_', ' ') + where, _PALE, 8)}>", _LOCAL
+        main, is_forward = ways[0][0], row.forward in COMMUNICATES
+        ink, fill = ("#ffffff", {"fillcolor": _PILLS[main]}) if is_forward else (_PILLS[main], {"penwidth": "1.5"})
+        counts = [f"{way} {'' if name == main else name.replace('_', '-') + ' '}{human_bytes(count)}" for name, way, count in ways]
+        title = _text(main.replace("_", "-") + where, ink, 10, is_bold=True)
+        return f"<{title}<BR/>{_text(', '.join(counts), ink, 8)}>", {"color": _PILLS[main], **fill}
 
     def _collect(self) -> dict[tuple[str, str], dict[str, fx.Node]]:
         """Pairs of classes with an edge -> the values that pass, by what is written on it."""
         passing: dict[tuple[str, str], dict[str, fx.Node]] = {}
         for node in self.program.nodes():
-            target, drawn = self.classes.head_of(node), self.classes.operands(self.first.get(node, node))
+            target, drawn = self.classes.head_of(node), self.classes.operands(self.classes.first.get(node, node))
             for operand, source in zip(node.all_input_nodes, self.classes.operands(node), strict=True):
-                end = target.name if source in drawn else _next(source)
+                end = target.name if source in drawn else _stub(source)
                 if source.name != end:
                     passing.setdefault((source.name, end), {}).setdefault(self._passed(operand), operand)
         return passing
 
+    def _passed(self, node: fx.Node) -> str:
+        """Layout of a value, and its global shape where the op that made it changed that and no node shows it."""
+        known, operands = facts(node), node.all_input_nodes
+        if not known.layouts or known.role in ("parameter", "buffer"):
+            return ""
+        is_told = not (_is_view(node) or any(placement.is_split for placement in known.layout))
+        if is_told or not operands or facts(operands[0]).value.shape == known.value.shape:
+            return self._chips(known.layout)
+        return self._chips(known.layout) + _cell(_text(f"{short_dtype(known.value.dtype)}{list(known.value.shape)}", _PALE, 8))
+
     def add_edges(self, graph: graphviz.Digraph) -> None:
         """One edge per pair of classes, with every layout that passes."""
         for ends, values in self.passing.items():
-            is_note = all(facts(value).role in ("parameter", "buffer") for value in values.values())
-            label = "" if is_note else f"<{_LABELLED.format(''.join(f'<TR>{row}</TR>' for row in values if row))}>"
-            tip = _tooltip("\n".join(f"{value.name}: {self._described(value)}" for value in values.values()))
-            graph.edge(*ends, label, tooltip=tip, labeltooltip=tip, weight="1" if is_note else "3")
-
-    def _passed(self, node: fx.Node) -> str:
-        """Layout of a value as chips, and its global shape where the op behind it changed that."""
-        known, operands = facts(node), node.all_input_nodes
-        if not known.layouts:
-            return ""
-        is_new = _is_view(node) or any(p.is_split for p in known.layout)
-        if not is_new or not operands or facts(operands[0]).value.shape == known.value.shape:
-            return self._chips(known.layout)
-        return self._chips(known.layout) + f"<TD>{_text(f'{short_dtype(known.value.dtype)}{list(known.value.shape)}', _PALE, 8)}</TD>"
+            tip = _tooltip(f"{value.name}: {self._described(value)}" for value in values.values())
+            graph.edge(*ends, _table(values), tooltip=tip, labeltooltip=tip, weight="3" if any(values) else "1")

@@ -6,6 +6,7 @@ tensor is read afterwards, else the model is refused. What a model writes into i
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from dataclasses import dataclass
@@ -33,16 +34,84 @@ class NormalizeGraph:
     """Rebuild the traced graph in normal form. Raises TraceError for what cannot be partitioned soundly."""
 
     def __call__(self, program: Program) -> Program:
-        owner = program.graph.owning_module
-        writer = _Writer(program, owner)
-        last_use = {operand: k for k, node in enumerate(program.graph.nodes) for operand in node.all_input_nodes}
-        for position, node in enumerate(program.graph.nodes):
-            writer.position = position
-            writer.last_use = last_use
+        writer = _Writer(program, program.graph.owning_module)
+        writer.memory.read(program.graph, program.graph.owning_module)
+        for node in program.graph.nodes:
             writer.copy(node)
         program.graph = writer.graph
         _drop_dead(program)
         return program
+
+
+class _Memory:
+    """Which traced nodes share memory, and when each is last read; no-grad regions count as if they stood in the graph.
+
+    root: of a view, the node whose memory it shares. same: of a node that is another node's very tensor, that node.
+    bodies: the no-grad region that a node is made in, if any.
+    """
+
+    def __init__(self) -> None:
+        self.root: dict[fx.Node, fx.Node] = {}
+        self.same: dict[fx.Node, fx.Node] = {}
+        self.position: dict[fx.Node, int] = {}
+        self.last_read: dict[fx.Node, int] = {}
+        self.bodies: dict[fx.Node, fx.Node | None] = {}
+        self.results: dict[fx.Node, list[Any]] = {}
+
+    def read(self, graph: fx.Graph, owner: Any, body: fx.Node | None = None) -> None:
+        for node in graph.nodes:
+            self.position[node], self.bodies[node] = len(self.position), body
+            for operand in node.all_input_nodes:
+                for read in (operand, self.identity(operand)):
+                    self.last_read[read] = self.position[node]
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) == "wrap_with_set_grad_enabled":
+                self._read_region(node, owner)
+            elif isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
+                first = node.all_input_nodes[0]
+                if _writes(node):
+                    self.same[node] = self.identity(first)
+                if _writes(node) or _returns_alias(node):
+                    self.root[node] = self.memory_of(first)
+            elif node.target is operator.getitem:
+                source, index = node.args
+                result = self.results[source][index] if source in self.results else None  # type: ignore[index]
+                if isinstance(result, fx.Node):
+                    self.same[node], self.root[node] = self.identity(result), self.memory_of(result)
+                elif source in self.root:
+                    self.root[node] = self.root[source]  # type: ignore[index]
+
+    def _read_region(self, node: fx.Node, owner: Any) -> None:
+        sub = getattr(owner, str(node.args[1].target)).graph  # type: ignore[union-attr]
+        placeholders = [inner for inner in sub.nodes if inner.op == "placeholder"]
+        for inner, operand in zip(placeholders, node.args[2:], strict=True):
+            self.same[inner], self.root[inner] = self.identity(operand), self.memory_of(operand)  # type: ignore[arg-type]
+        self.read(sub, getattr(owner, str(node.args[1].target)), node)  # type: ignore[union-attr]
+        self.results[node] = list(next(iter(reversed(sub.nodes))).args[0])  # type: ignore[arg-type]
+
+    def identity(self, node: fx.Node) -> fx.Node:
+        return self.same.get(node, node)
+
+    def memory_of(self, node: fx.Node) -> fx.Node:
+        return self.root.get(node, node)
+
+    def read_after(self, node: fx.Node) -> fx.Node | None:
+        """A view made before `node` of the memory that it writes, other than the tensor it writes to, that is read afterwards."""
+        own, root, now = self.identity(node), self.memory_of(node), self.position[node]
+        before = itertools.takewhile(lambda other: self.position[other] < now, self.position)
+        views = (other for other in before if self.memory_of(other) is root and self.identity(other) is not own)
+        return next((other for other in views if self.last_read.get(other, -1) > now), None)
+
+
+def _writes(node: fx.Node) -> bool:
+    return any(argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def _returns_alias(node: fx.Node) -> bool:
+    """Whether the result may share its first operand's memory. Dropout that drops nothing returns its very operand."""
+    if "dropout" in str(node.target):
+        bound = {**dict(zip(("input", "p", "train"), node.args, strict=False)), **node.kwargs}
+        return not (bound.get("train") and bound.get("p"))
+    return any(result.alias_info is not None for result in node.target._schema.returns)  # type: ignore[union-attr]
 
 
 class _Writer:
@@ -50,14 +119,16 @@ class _Writer:
 
     def __init__(self, program: Program, owner: Any) -> None:
         self.program, self.owner, self.graph = program, owner, fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
-        self.aliases: dict[fx.Node, fx.Node] = {}  # old node -> the old node whose memory it shares
-        self.updates: dict[fx.Node, fx.Node] = {}  # buffer -> its new value
-        self.position, self.last_use = 0, {}
+        self.env: dict[fx.Node, Any] = {}  # traced tensor, by its identity -> its value now
+        self.detached: dict[fx.Node, fx.Node] = {}  # what enters a no-grad region with a gradient -> the same without
+        self.memory = _Memory()
+        self.placeholders: dict[fx.Node, fx.Node] = {}  # traced -> new
+        self.updates: dict[fx.Node, fx.Node] = {}  # traced buffer -> its new value
 
     def copy(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.env[node] = self._create("placeholder", self._identifier(facts(node).name), (), {}, facts(node), facts(node).name)
+            self.placeholders[node] = self.env[node]
         elif node.op == "output":
             self._finish(node)
         elif node.op == "get_attr":
@@ -65,7 +136,7 @@ class _Writer:
         elif str(node.target) in _DROPPED:
             pass
         elif node.target is operator.getitem:
-            self.env[node] = self._project(node)
+            self._project(node)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
             self._inline(node)
         elif isinstance(node.target, torch._ops.OpOverload):
@@ -74,45 +145,51 @@ class _Writer:
             raise TraceError(f"{node.target} at {facts(node).source} is neither a torch op nor known to autoshard")
 
     def _map(self, value: Any) -> Any:
-        return fx.map_arg(value, lambda operand: self.env[operand])
+        return fx.map_arg(value, self._now)
+
+    def _now(self, node: fx.Node) -> Any:
+        return self.detached[node] if node in self.detached else self.env[self.memory.identity(node)]
 
     def _copy_op(self, node: fx.Node) -> None:
-        schema, target = node.target._schema, node.target  # type: ignore[union-attr]
+        target = node.target
         args, kwargs = self._map(node.args), self._map(node.kwargs)
-        returns_alias = any(result.alias_info is not None for result in schema.returns)
-        mutated = [k for k, argument in enumerate(schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
-        if mutated:
+        if _writes(node):
             self._make_functional(node, args, kwargs)
             return
-        if returns_alias and node.all_input_nodes:
-            self.aliases[node] = self._root(node.all_input_nodes[0])
         source = args[0] if args else None
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
             self.env[node] = source
             return
-        if target is aten.view.default:  # a view's strides are those of the traced device and mode
-            target = aten.reshape.default
-        elif str(target).startswith("aten.squeeze."):  # drops dims by length, and local lengths differ
-            target, args = aten.reshape.default, (source, list(facts(node).value.shape))
-        self.env[node] = self._call(target, args, kwargs, facts(node))
-
-    def _root(self, node: fx.Node) -> fx.Node:
-        return self.aliases.get(node, node)
+        reshapes = target is aten.view.default  # a view's strides are those of the traced device and mode
+        self.env[node] = self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node))
 
     def _make_functional(self, node: fx.Node, args: tuple, kwargs: dict) -> None:
+        """Give the tensor that an in-place op writes its new value; refuse where some view would have to change with it."""
+        memory, written = self.memory, self.memory.identity(node)
+        root = memory.memory_of(node)
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
-        written, root = node.args[0], self._root(node.args[0])  # type: ignore[arg-type]
-        sharing = {other for other in (*self.aliases, root) if self._root(other) is root and other not in (written, node)}
-        read_later = [other for other in sharing if self.last_use.get(other, -1) > self.position]
-        packet = getattr(aten, name.rstrip("_"), None)
-        functional = getattr(packet, overload, None) if name.endswith("_") and name != "copy_" else None
-        if read_later or functional is None:
-            what = f"{node.target} writes into memory that {read_later[0].name} reads later" if read_later else f"{node.target} has no functional form"
+        functional = getattr(getattr(aten, name.rstrip("_"), None), overload, None) if name.endswith("_") else None
+        reader = memory.read_after(node)
+        role = facts(root).role if root.op == "placeholder" else "op"
+        region = memory.bodies[node]
+        is_copy = name == "copy_" and isinstance(args[1], fx.Node) and facts(args[1]).value.shape == facts(args[0]).value.shape
+        is_copy = is_copy and facts(args[1]).value.dtype == facts(args[0]).value.dtype
+        what = ""
+        if reader is not None:
+            what = f"{node.target} writes into memory that {reader.name} reads later"
+        elif role == "parameter" or (role == "input" and memory.bodies[root] is None):
+            what = f"{node.target} writes into the {'parameter' if role == 'parameter' else 'argument'} {facts(root).name}"
+        elif role == "buffer" and written is not root:
+            what = f"{node.target} writes into a part of the buffer {facts(root).name}"
+        elif region is not None and memory.bodies[written] is not region and facts(self.env[written]).needs_grad:
+            what = f"{node.target} changes, without gradient, a value that has one"
+        elif (functional is None or name == "copy_") and not is_copy:
+            what = f"{node.target} has no functional form"
+        if what:
             raise TraceError(f"{what}, at {facts(node).source}; write the model without this in-place op")
-        self.env[node] = self.env[written] = self._call(functional, args, kwargs, facts(node))  # type: ignore[index]
-        self.aliases[node] = root
-        if facts(root).role in ("buffer", "parameter") and root.op == "placeholder":
-            self.updates[args[0]] = self.env[node]
+        self.env[written] = args[1] if is_copy else self._call(functional, args, kwargs, facts(node))
+        if role == "buffer":
+            self.updates[root] = self.env[written]
 
     def _inline(self, node: fx.Node) -> None:
         if str(node.target) != "wrap_with_set_grad_enabled":
@@ -120,22 +197,23 @@ class _Writer:
         enabled, body, *operands = self._map(node.args)
         for sub in body.graph.nodes:
             if sub.op == "placeholder":
-                self.env[sub] = operands.pop(0)
+                operand = operands.pop(0)
+                if not enabled and facts(producer(operand)[0]).needs_grad:
+                    self.detached[sub] = self._call(aten.detach.default, (operand,), {}, facts(operand))
             elif sub.op == "output":
-                results = self._map(sub.args[0])
-                self.env[node] = [r if enabled or not isinstance(r, fx.Node) else self._detach(r) for r in results]
+                self.env[node] = list(sub.args[0])
             else:
                 self.copy(sub)
 
-    def _detach(self, node: fx.Node) -> fx.Node:
-        return self._call(aten.detach.default, (node,), {}, facts(node)) if facts(node).needs_grad else node
-
-    def _project(self, node: fx.Node) -> Any:
-        source, index = self.env[node.args[0]], node.args[1]  # type: ignore[index]
-        if isinstance(source, (list, tuple)):
-            return source[index]  # type: ignore[index]
+    def _project(self, node: fx.Node) -> None:
+        source, index = self._now(node.args[0]), node.args[1]  # type: ignore[arg-type]
+        if isinstance(source, (list, tuple)):  # a region's results
+            if source[index] in self.detached:  # type: ignore[index]
+                self.detached[node] = self.detached[source[index]]  # type: ignore[index]
+            return
         value = facts(source).values[index]  # type: ignore[index]
-        return self._create("call_function", operator.getitem, (source, index), {}, Facts("projection", (value,), source=facts(source).source))
+        known = Facts("projection", (value,), source=facts(source).source)
+        self.env[node] = self._create("call_function", operator.getitem, (source, index), {}, known)
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
         node = self._create("call_function", target, args, kwargs, Facts("op", old.values, source=old.source))
@@ -157,10 +235,11 @@ class _Writer:
         return name if not name[:1].isdigit() else f"_{name}"
 
     def _finish(self, output: fx.Node) -> None:
+        results = self._map(output.args[0])
         for buffer, value in self.updates.items():
-            node = self.graph.call_function(aten.copy_.default, (buffer, value))
+            node = self.graph.call_function(aten.copy_.default, (self.placeholders[buffer], value))
             set_facts(node, Facts("update", facts(buffer).values, name=facts(buffer).name))
-        node = self.graph.output(self._map(output.args[0]))
+        node = self.graph.output(results)
         set_facts(node, Facts("output"))
 
 

@@ -337,13 +337,39 @@ def checkpoints_move_between_templates_and_meshes(mesh: DeviceMesh) -> None:
     setups = [(mesh, "megatron"), (flat, "fsdp"), (mesh, "megatron_sp"), (mesh, "fsdp")]
     for number, (where, template) in enumerate(setups):
         source = autoshard.compile(EXAMPLES["gpt"].model(), where, template=template, example_inputs=batch())
-        dcp.save(source.state_dict(), checkpoint_id=f"{folder[0]}/{number}", no_dist=False)
+        dcp.save(source.state_dict(), checkpoint_id=f"{folder[0]}/{number}")
         for target_mesh, target_template in setups:
             target = autoshard.compile(EXAMPLES["gpt"].model(seed=1), target_mesh, template=target_template, example_inputs=batch())
             state = target.state_dict()
             dcp.load(state, checkpoint_id=f"{folder[0]}/{number}")
             target.load_state_dict(state)
             assert_same_state(target, reference)
+
+
+def optimizers_are_saved_and_loaded(mesh: DeviceMesh) -> None:
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            model(*batch(seed=seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    first, reference = pair(mesh, template="megatron")
+    optimizers = [torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-6, foreach=True) for model in (first, reference)]
+    steps(first, optimizers[0], range(2))
+    steps(reference, optimizers[1], range(4))
+    dcp.save({"model": first.state_dict(), "optimizer": autoshard.checkpointable(optimizers[0].state_dict())}, checkpoint_id=folder[0])
+    second = autoshard.compile(EXAMPLES["gpt"].model(seed=1), mesh, template="fsdp")
+    optimizer = torch.optim.AdamW(second.parameters(), 1e-2, eps=1e-6, foreach=True)
+    steps(second, optimizer, range(1))
+    state = {"model": second.state_dict(), "optimizer": autoshard.checkpointable(optimizer.state_dict())}
+    dcp.load(state, checkpoint_id=folder[0])
+    second.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    steps(second, optimizer, range(2, 4))
+    assert_same_state(second, reference)
 
 
 def a_meta_model_is_materialised_shard_by_shard(mesh: DeviceMesh) -> None:
@@ -457,6 +483,7 @@ def test_torch_compile() -> None:
 def test_four_ranks() -> None:
     checks = [
         checkpoints_move_between_templates_and_meshes,
+        optimizers_are_saved_and_loaded,
         arguments_may_be_distributed,
         arguments_may_be_this_ranks_part,
         results_may_be_distributed,

@@ -24,10 +24,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-import autoshard  # noqa: E402
-from autoshard.text import human_bytes, human_seconds  # noqa: E402
 from gpt import GPT, GPTConfig  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+
+import autoshard  # noqa: E402
+from autoshard.text import human_bytes, human_seconds  # noqa: E402
 
 TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
 PHASES = ("trace", "build", "solve", "emit")
@@ -86,8 +87,8 @@ def speed_table(repeats: int) -> list[list[str]]:
         runs = [measure(key, "auto") for _ in range(repeats)]
         phases = [f"{statistics.median(run[f'{phase}_s'] for run in runs):.2f}" for phase in PHASES]
         rss = human_bytes(statistics.median(run["peak_rss_bytes"] for run in runs))
-        first = runs[0]
-        rows.append([case.name, case.mesh, str(first["nodes"]), *phases, rss, human_seconds(first["objective_s"]), human_seconds(first["bound_s"])])
+        predicted = [human_seconds(runs[0][name]) for name in ("objective_s", "bound_s")]
+        rows.append([case.name, case.mesh, str(runs[0]["nodes"]), *phases, rss, *predicted])
         print("  ".join(rows[-1]), flush=True)
     return rows
 
@@ -100,7 +101,8 @@ def quality_table(key: str) -> tuple[list[str], list[list[str]]]:
     rows = []
     for template, run in runs.items():
         sent = [human_bytes(run["wire_bytes_per_step"].get(kind, 0.0)) for kind in kinds]
-        rows.append([template, human_seconds(run["objective_s"]), f"{run['objective_s'] / best:.2f}", human_bytes(run["kept_bytes"]), *sent])
+        step_s = run["objective_s"]
+        rows.append([template, human_seconds(step_s), f"{step_s / best:.3f}", human_bytes(run["kept_bytes"]), *sent])
         print(key, "  ".join(rows[-1]), flush=True)
     return ["", "predicted step", "against auto", "kept by a rank", *kinds], rows
 
@@ -115,23 +117,25 @@ def report(repeats: int) -> str:
     lines = [
         "# Planning",
         "",
-        f"{date.today().isoformat()}; autoshard {version}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.",
+        f"{date.today().isoformat()}; autoshard {version}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.machine()}.",
         "Written by `make bench` (tests/benchmarks/run.py).",
         "",
         "## How long a plan takes",
         "",
-        f"Template `auto`, models on the meta device, each plan in a fresh process; medians of {repeats}. `nodes` counts the emitted program's. ",
-        "The objective is the predicted step; no plan can be predicted below the bound.",
+        f"Template `auto`, models on the meta device, each plan in a fresh process; medians of {repeats}. `nodes` counts those of the",
+        "emitted program. The objective is the predicted step; no plan can be predicted below the bound.",
         "",
         *table(columns, speed_table(repeats)),
         "",
         "## What plans are predicted to cost",
         "",
-        "Predictions of the cost model, not measurements. A rank keeps parameters, gradients, optimizer state and activations for backward; the "
-        "other columns are the bytes that it sends in a step.",
+        "Predictions of the cost model, not measurements. A rank keeps parameters, gradients, optimizer state and activations for",
+        "backward; the other columns are the bytes that it sends in a step.",
     ]
     for key, case in CASES.items():
-        lines += ["", f"### {case.name}: {case.mesh}, {case.batch} x {case.length} tokens, {case.hardware}", "", *table(*quality_table(key))]
+        title = f"### {case.name}: {case.mesh}, {case.batch} x {case.length} tokens, {case.hardware}"
+        lines += ["", title, "", *table(*quality_table(key))]
     return "\n".join(lines) + "\n"
 
 

@@ -22,12 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+from gpt import GPT, GPTConfig  # noqa: E402
+from llama import SMALL as SMALL_LLAMA  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from processes import run_on_ranks  # noqa: E402
+
 import autoshard  # noqa: E402
 from autoshard.costs import CostModel, wire_bytes  # noqa: E402
-from gpt import GPT, GPTConfig  # noqa: E402
-from llama import Llama, LlamaConfig  # noqa: E402
-from llama import SMALL as SMALL_LLAMA  # noqa: E402
-from processes import run_on_ranks  # noqa: E402
+from autoshard.placements import shard  # noqa: E402
 
 LEARNING_RATE = 3e-4
 MIB = 2**20
@@ -179,10 +181,13 @@ def run_one_rank(found: Findings, device: str, is_compiled: bool = False) -> Non
             backend = "inductor" if on_gpu else "aot_eager"
             runs = {name: torch.compile(module, backend=backend) for name, module in runs.items()}
         compare_gradients(found, model, sharded, runs, ids, tolerance=2e-2 if on_gpu else 1e-5)
-        measure_side_by_side(found, {name: (run, model if name == "the model" else sharded) for name, run in runs.items()}, ids, device, is_compiled)
+        owners = dict(zip(runs, (model, sharded), strict=True))
+        measure_side_by_side(found, {name: (run, owners[name]) for name, run in runs.items()}, ids, device, is_compiled)
 
 
-def compare_gradients(found: Findings, model: nn.Module, sharded: nn.Module, runs: dict[str, nn.Module], ids: Tensor, tolerance: float) -> None:
+def compare_gradients(
+    found: Findings, model: nn.Module, sharded: nn.Module, runs: dict[str, nn.Module], ids: Tensor, tolerance: float
+) -> None:
     """Loss and every gradient; how far two runs of the model itself differ stands beside it."""
     run_model, run_sharded = runs.values()
 
@@ -193,7 +198,8 @@ def compare_gradients(found: Findings, model: nn.Module, sharded: nn.Module, run
         of.zero_grad()
         return loss.detach(), grads
 
-    (loss, expected), (_, again), (sharded_loss, actual) = gradients(run_model, model), gradients(run_model, model), gradients(run_sharded, sharded)
+    (loss, expected), (_, again) = gradients(run_model, model), gradients(run_model, model)
+    sharded_loss, actual = gradients(run_sharded, sharded)
     itself = max(difference(expected[name], again[name]) for name in expected)
     worst = max(actual, key=lambda name: difference(expected[name], actual[name]))
     errors = (difference(loss, sharded_loss), difference(expected[worst], actual[worst]))
@@ -202,7 +208,10 @@ def compare_gradients(found: Findings, model: nn.Module, sharded: nn.Module, run
     found.check("loss and gradients equal the model's", max(errors) <= tolerance and list(expected) == list(actual), detail)
 
 
-def measure_side_by_side(found: Findings, runs: dict[str, tuple[nn.Module, nn.Module]], ids: Tensor, device: str, is_compiled: bool) -> None:
+def measure_side_by_side(
+    found: Findings, runs: dict[str, tuple[nn.Module, nn.Module]], ids: Tensor, device: str, is_compiled: bool
+) -> None:
+    """Seconds and memory of each run; a run is what is called and the module that owns its parameters."""
     rounds = 15 if device == "cuda" else 3
 
     def forward_backward(run: nn.Module, of: nn.Module) -> Callable[[], None]:
@@ -224,7 +233,8 @@ def measure_side_by_side(found: Findings, runs: dict[str, tuple[nn.Module, nn.Mo
     ratios = [statistics.median(b / a for a, b in zip(times[first], times[second], strict=True)) for times in (passes, whole)]
     rows.append(["ratio", *(f"{ratio:.3f}" for ratio in ratios), ""])
     size = sum(p.numel() for p in runs[first][1].parameters()) / 1e6
-    title = f"One rank, {'torch.compile' if is_compiled else 'eager'}: a GPT of {size:,.1f} M parameters, {ids.shape[0]} x {ids.shape[1]} tokens"
+    how, (batch, length) = "torch.compile" if is_compiled else "eager", ids.shape
+    title = f"One rank, {how}: a GPT of {size:,.1f} M parameters, {batch} x {length} tokens"
     columns = ["", "forward and backward", "with AdamW (foreach)", "peak above what rests"]
     found.table(title, columns, rows, f"Medians of {rounds} alternating runs; the ratio is the median of the pairs' ratios.")
 
@@ -238,6 +248,7 @@ TOLERANCES = {torch.float64: (1e-10, 1e-9), torch.float32: (1e-4, LEARNING_RATE)
 
 
 def train(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[float], dict[str, Tensor]]:
+    """A few steps. Returns the losses and what this process holds of the parameters."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, foreach=True)
     losses = []
     for ids in batches:
@@ -246,8 +257,7 @@ def train(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[float], dic
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    whole = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().cpu() for name, p in model.named_parameters()}
-    return losses, whole
+    return losses, {name: local(p).detach().cpu() for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def make_task(device: str, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor]]:
@@ -267,8 +277,21 @@ def train_on_rank(device: str, templates: Sequence[str], dtypes: Sequence[torch.
     for template in templates:
         for dtype in dtypes:
             model, batches = make_task(device, dtype)
-            results[template, dtype] = train(autoshard.compile(model, mesh, template=template), batches)  # type: ignore[arg-type]
+            sharded = autoshard.compile(model, mesh, template=template)  # type: ignore[arg-type]
+            results[template, dtype] = (*train(sharded, batches), sharded.plan.parameter_layouts)
     return results
+
+
+def errors_of(expected: tuple[list[float], dict[str, Tensor]], ranks: Sequence[Any]) -> tuple[float, float]:
+    """Largest difference of any rank's losses and of its pieces of the parameters."""
+    (losses, parameters), mesh = expected, autoshard.MeshSpec(("dp", "tp"), (2, 2))
+    in_losses = in_parameters = 0.0
+    for (mine, pieces, layouts), coordinate in zip(ranks, mesh.coordinates(), strict=True):
+        in_losses = max([in_losses, *(abs(a - b) for a, b in zip(losses, mine, strict=True))])
+        for name, layout in layouts.items():
+            piece = shard(parameters[name], layout, mesh, coordinate)
+            in_parameters = max(in_parameters, float((piece - pieces[name]).abs().max()))
+    return in_losses, in_parameters
 
 
 def run_four_ranks(found: Findings, device: str) -> None:
@@ -278,10 +301,8 @@ def run_four_ranks(found: Findings, device: str) -> None:
     ranks = run_on_ranks(4, train_on_rank, device, templates, dtypes)
     for template in templates:
         for dtype in dtypes:
-            (losses, parameters), (loss_tolerance, tolerance) = expected[dtype], TOLERANCES[dtype]
-            got = [rank[template, dtype] for rank in ranks]
-            loss_error = max(abs(a - b) for mine, _ in got for a, b in zip(losses, mine, strict=True))
-            error = max(float((parameters[name] - mine[name]).abs().max()) for _, mine in got for name in parameters)
+            (loss_tolerance, tolerance), got = TOLERANCES[dtype], [rank[template, dtype] for rank in ranks]
+            loss_error, error = errors_of(expected[dtype], got)
             is_good = loss_error <= loss_tolerance and error <= tolerance
             detail = f"losses {loss_error:.1e} (at most {loss_tolerance:.0e}), parameters {error:.1e} (at most {tolerance:.0e})"
             found.check(f"{template}, {str(dtype).removeprefix('torch.')}: {STEPS} steps equal one process", is_good, detail)
@@ -308,6 +329,18 @@ def communication_s(plan: autoshard.Plan) -> float:
     return total
 
 
+FAKE_COLUMNS = [
+    "",
+    "step, measured",
+    "step without collectives, predicted",
+    "measured / predicted",
+    "collectives, predicted",
+    "peak memory, measured",
+    "kept for a step, predicted",
+    "at rest, measured",
+]
+
+
 def run_fake_group(found: Findings, device: str) -> None:
     """Rank 0 of dp=2,tp=4 alone: its collectives return at once, its compute and memory are those of a real run."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -328,26 +361,24 @@ def run_fake_group(found: Findings, device: str) -> None:
         except Exception as error:
             traceback.print_exc()
             found.check(f"{template}: a rank trains alone", False, f"{type(error).__name__}: {error}"[:200])
-    columns = ["", "step, measured", "step without collectives, predicted", "measured / predicted", "collectives, predicted", "peak memory, measured",
-               "kept for a step, predicted", "at rest, measured"]  # fmt: skip
-    title = f"One rank of dp=2,tp=4 alone: a Llama of {size:.2f} B parameters, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}, AdamW"
+    title = f"One rank of dp=2,tp=4 alone: a Llama of {size:.2f} B parameters, {batch} x {length} tokens, {dtype}, AdamW"
     note = (
-        f"Predicted for the preset {preset_of(device)}. On a fake process group collectives return at once, so the measured step has compute "
-        "and local copies alone, and stands against the predicted step less the predicted time of the collectives. The predicted memory "
-        "is parameters, gradients, optimizer state and activations kept for backward; the measured peak has working memory too."
+        f"Predicted for the preset {preset_of(device)}. On a fake process group collectives return at once, so the measured step "
+        "has compute and local copies alone, and stands against the predicted step less the predicted time of the collectives. "
+        "The predicted memory is parameters, gradients, optimizer state and activations kept for backward; the measured peak has "
+        "working memory too."
     )
-    found.table(title, columns, rows, note)
+    found.table(title, FAKE_COLUMNS, rows, note)
     dist.destroy_process_group()
 
 
 def fake_row(model: nn.Module, mesh: DeviceMesh, ids: Tensor, device: str, template: str, rounds: int) -> list[str]:
     gc.collect()
     base = torch.cuda.memory_allocated() if device == "cuda" else 0
-    sharded = autoshard.compile(
-        model, mesh, example_inputs=(ids,), example_kwargs={"labels": ids}, template=template, hardware=preset_of(device)  # type: ignore[arg-type]
-    )  # fmt: skip
-    shapes = {name: p for name, p in model.named_parameters()}
-    sharded.materialize(lambda name: torch.randn(shapes[name].shape, device=device) * 0.02 if shapes[name].dim() > 1 else torch.ones(shapes[name].shape))
+    options: dict[str, Any] = {"template": template, "hardware": preset_of(device)}
+    sharded = autoshard.compile(model, mesh, example_inputs=(ids,), example_kwargs={"labels": ids}, **options)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sharded.materialize(lambda name: torch.randn(shapes[name], device=device) * 0.02 if len(shapes[name]) > 1 else torch.ones(shapes[name]))
     step = trainer(sharded, ids, torch.optim.AdamW(sharded.parameters(), LEARNING_RATE, foreach=True))
     measured_s = statistics.median(alternate({template: step}, device, rounds)[template])
     memory = peak_bytes(step, device)
@@ -355,9 +386,8 @@ def fake_row(model: nn.Module, mesh: DeviceMesh, ids: Tensor, device: str, templ
     moving_s = communication_s(sharded.plan)
     computing_s = stats["objective_s"] - moving_s
     rested, peak = (count - base for count in memory) if memory else (None, None)
-    return [
-        template, in_ms(measured_s), in_ms(computing_s), f"{measured_s / computing_s:.2f}", in_ms(moving_s), in_mib(peak), in_mib(stats["kept_bytes"]), in_mib(rested)
-    ]  # fmt: skip
+    times = [in_ms(measured_s), in_ms(computing_s), f"{measured_s / computing_s:.2f}", in_ms(moving_s)]
+    return [template, *times, in_mib(peak), in_mib(stats["kept_bytes"]), in_mib(rested)]
 
 
 PARTS: dict[str, Callable[[Findings, str], None]] = {

@@ -149,11 +149,14 @@ def versions() -> dict[str, str]:
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    lines = ["# On a GPU", "", f"{report['device']}, {report['date']}; " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + "."]
+    used = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = ["# On a GPU", "", f"{report['device']}, {report['date']}; {used}."]
     lines += ["Written by `make gpu` (tests/gpu/run.py). Times are medians of alternating runs.", "", "## Checks", ""]
-    rows = [[name, check, "yes" if good else "**NO**", detail] for name, part in report["parts"].items() for check, good, detail in part["checks"]]
-    lines += table(["part", "check", "holds", "detail"], rows)
+    rows = []
     for name, part in report["parts"].items():
+        rows += [[name, check, "yes" if is_good else "**NO**", detail] for check, is_good, detail in part["checks"]]
+    lines += table(["part", "check", "holds", "detail"], rows)
+    for part in report["parts"].values():
         for measured in part["tables"]:
             lines += ["", f"## {measured['title']}", "", *table(measured["columns"], measured["rows"])]
             lines += ["", measured["note"]] if measured.get("note") else []

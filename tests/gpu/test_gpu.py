@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from autoshard import runtime
-from autoshard.runtime import Axis, Collective
 from parts import GPT, GPTConfig, difference, local, one_rank, stage_through_host
 from processes import run_on_ranks
 from torch import Tensor
 
 import autoshard
+from autoshard import runtime
+from autoshard.runtime import Axis, Collective
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEGMENTS = (2, 4)

@@ -36,7 +36,8 @@ def test_parts_run_on_the_cpu(tmp_path: Path) -> None:
 def test_a_part_that_hangs_is_stopped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import run
 
-    monkeypatch.setattr(run, "command", lambda part, device, result: [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"])
+    waits = [sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(60)"]
+    monkeypatch.setattr(run, "command", lambda part, device, result: waits)
     found = run.run_part(run.PARTS[1], "cpu", limit_s=1)
     assert found["checks"] == [["runs to its end", False, "stopped after 1 s; waiting"]]
 

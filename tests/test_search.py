@@ -1,0 +1,136 @@
+"""The search as a whole: optimal against an ILP, never worse than a template, budgets kept, sharing charged once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_solver import ilp
+from torch import fx, nn
+from torch.nn import functional as F
+
+import autoshard
+from autoshard.constraints import template_constraints
+from autoshard.conversion_table import ConversionTable
+from autoshard.costs import CostModel
+from autoshard.equation_builders import TensorInfo
+from autoshard.hardware import hardware_of
+from autoshard.mesh import MeshSpec
+from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
+from autoshard.placements import I, Layout, P, R, S, local_shape
+from autoshard.program import Program, facts, op_name
+from autoshard.search_space import SearchSpace
+from autoshard.solver import solve
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import gpt
+
+IDS = torch.zeros(8, 16, dtype=torch.long)
+TEMPLATES = ("ddp", "fsdp", "megatron", "megatron_sp")
+
+
+def traced(model: nn.Module, args: tuple, mesh: str) -> Program:
+    program = Program(fx.Graph(), MeshSpec.of(mesh))
+    for a_pass in (TraceModel(model, args), NormalizeGraph(), FoldConstants()):
+        program = a_pass(program)
+    return program
+
+
+class Mixer(nn.Module):
+    """Two projections of one value, a residual and a reduction: small enough for an ILP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(8, 16, bias=False), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + self.c(F.gelu(self.a(x)) * self.b(x))).square().mean()
+
+
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2,tp=2"])
+def test_optimum_equals_ilp(mesh: str) -> None:
+    program = traced(Mixer(), (torch.zeros(4, 8),), mesh)
+    problem, _ = SearchSpace(program, CostModel(program.mesh, hardware_of("h100")), {}).problem()
+    assert solve(problem).objective_s == pytest.approx(ilp(problem), rel=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["dp=4", "dp=2,tp=2", "dp=2,tp=4"])
+@pytest.mark.parametrize("hardware", ["cpu", "h100"])
+def test_auto_is_never_worse_than_a_template(mesh: str, hardware: str) -> None:
+    model = gpt.GPT(gpt.SMALL)
+    best = autoshard.plan(model, mesh, (IDS, IDS), hardware=hardware).stats["objective_s"]
+    for template in TEMPLATES:
+        assert best <= autoshard.plan(model, mesh, (IDS, IDS), hardware=hardware, template=template).stats["objective_s"] * (1 + 1e-9)
+
+
+def test_three_axes_jointly() -> None:
+    model = Mixer().double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    plan = autoshard.plan(model, "a=2,b=2,c=2", (x,), hardware="h100")
+    assert plan.stats["objective_s"] == plan.stats["bound_s"]
+    assert autoshard.verify(model, plan, (x,)).is_equal
+
+
+def test_budget_is_kept_and_the_gap_reported() -> None:
+    model = gpt.GPT(gpt.SMALL)
+    free = autoshard.plan(model, "dp=2,tp=2", (IDS, IDS), hardware="h100")
+    budget = 0.5 * free.stats["kept_bytes"]
+    tight = autoshard.plan(model, "dp=2,tp=2", (IDS, IDS), hardware="h100", memory_budget_bytes=budget)
+    assert tight.stats["kept_bytes"] <= budget
+    assert free.stats["objective_s"] <= tight.stats["bound_s"] * (1 + 1e-9) <= tight.stats["objective_s"] * (1 + 2e-9)
+    with pytest.raises(autoshard.AutoshardError, match="least reachable is"):
+        autoshard.plan(model, "dp=2,tp=2", (IDS, IDS), hardware="h100", memory_budget_bytes=1000)
+
+
+def test_shared_conversion_is_inserted_once() -> None:
+    """Query, key and value projections read one value: their gradients are summed before one all-reduce."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.q, self.k, self.v, self.o = nn.LayerNorm(32), *(nn.Linear(32, 32, bias=False) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norm(x)
+            q, k, v = (f(h).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    model = nn.Sequential(nn.Linear(32, 32), Attention())
+    pins = {"*.q.weight": "S(0)@tp", "*.k.weight": "S(0)@tp", "*.v.weight": "S(0)@tp", "*.o.weight": "S(1)@tp", "0.weight": "I", "1.norm.*": "I"}
+    plan = autoshard.plan(model, "tp=2", (torch.zeros(2, 8, 32),), hardware="h100", constraints={**pins, "output:0": "I@tp", "output:1": "I@tp"})
+    conversions = [op_name(node) for node in plan.program.nodes("conversion")]
+    assert len([name for name in conversions if name == "all_reduce_invariant"]) == 1
+    assert conversions.count("vary") == 1
+
+
+def test_causal_mask_becomes_a_flag() -> None:
+    class Masked(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            mask = torch.arange(8).unsqueeze(1) >= torch.arange(8)
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask[None, None].expand(2, 1, 8, 8))
+
+    program = traced(Masked(), (torch.zeros(2, 2, 8, 4),), "tp=2")
+    (attention,) = (node for node in program.nodes("op") if "attention" in op_name(node))
+    assert "True" in attention.format_node() and not any(facts(node).is_constant for node in program.nodes())
+
+
+def test_conversion_table_equals_single_routes() -> None:
+    """Whole tables of prices against the route that insertion takes, for every pair of layouts."""
+    mesh, info = MeshSpec.of("a=2,b=3"), TensorInfo((12, 6), torch.float32, True)
+    costs = CostModel(mesh, hardware_of("h100"))
+    kinds = (I, R, P, S(0), S(1), S(0, (6, 6)))
+    layouts: list[Layout] = [(a, b) for a in kinds for b in kinds if local_shape(info.shape, (a, b), mesh.shape)]
+    table = ConversionTable(costs).seconds(layouts, layouts, info)
+    for i, src in enumerate(layouts):
+        for j, dst in enumerate(layouts):
+            route = costs.best_route(src, dst, info)
+            assert route is not None
+            assert table[i, j] <= route[0] * (1 + 1e-9) and (table[i, j] > 0 or src == dst or route[0] == 0)
+
+
+def test_templates_are_constraints() -> None:
+    program = traced(gpt.GPT(gpt.SMALL), (IDS, IDS), "dp=2,tp=2")
+    assert set(template_constraints(program, "ddp").values()) == {"I", "S(0)@dp S(0)@tp"}
+    assert template_constraints(program, "auto") == {}
