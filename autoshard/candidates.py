@@ -16,6 +16,7 @@ from autoshard.errors import RuleError
 from autoshard.placements import I, Layout, Placement, R, S, local_shape
 from autoshard.program import Program, call_of, facts, op_name
 from autoshard.rules import Rule, rule_of
+from autoshard.traffic import meter, seconds_inside
 
 _MOST_SEGMENTS = 64
 _FEW_SEGMENTS = 4
@@ -87,11 +88,29 @@ class CandidateTable:
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes))
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes)) + self._inside_s(call, rule, joint, inputs)
             kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
                 best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
         return list(best.values())
+
+
+    def _inside_s(self, call: Call, rule: Rule | None, joint: Sequence[Strategy], inputs: Sequence[Layout]) -> float:
+        """Seconds of what the op's lowering sends under this strategy."""
+        axes = lowered_axes(rule, [strategy.factor for strategy in joint], self.program.mesh.axes)
+        if not axes or rule is None or rule.lowering is None:
+            return 0.0
+        return seconds_inside(self.costs, meter(rule.lowering.function, call, inputs, axes, self.program.mesh))
+
+
+def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Keyword of the rule's lowering -> the axes that split its factor, outermost first; empty where none does."""
+    found: dict[str, tuple[str, ...]] = {}
+    for axis, factor in zip(axes, factors, strict=True):
+        keyword = rule.lowering.axes.get(base(factor)) if rule is not None and rule.lowering is not None and factor else None
+        if keyword is not None:
+            found[keyword] = (*found.get(keyword, ()), axis)
+    return found
 
 
 def bound_rule(node: fx.Node) -> tuple[Rule | None, Equation | None]:

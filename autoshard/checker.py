@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from autoshard import runtime
-from autoshard.candidates import base, bound_rule, is_storable, layouts_of, settle, whole_strategy
+from autoshard.candidates import base, bound_rule, is_storable, layouts_of, lowered_axes, settle, whole_strategy
 from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
 from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
@@ -134,11 +134,7 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
     """Whether the node is rewritten for local tensors as its strategies ask."""
     if rule is None:
         return
-    axes: dict[str, tuple[str, ...]] = {}
-    for axis, factor in zip(program.mesh.axes, factors, strict=True):
-        keyword = rule.lowering.axes.get(base(factor)) if rule.lowering and factor else None
-        if keyword is not None:
-            axes[keyword] = (*axes.get(keyword, ()), axis)
+    axes = lowered_axes(rule, factors, program.mesh.axes)
     given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
     if given != axes or (bool(axes) != (known.op is not None)):
         yield f"is lowered for axes {given}, its layouts ask {axes}"

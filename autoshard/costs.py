@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import fx
 
-from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
+from autoshard.conversions import COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
 from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Equation, Strategy
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout
-from autoshard.program import Program, facts
 from autoshard.rules import Rule
 
 OPTIMIZER_PASSES = 7
@@ -134,24 +132,3 @@ def _priced_routes(model: CostModel, src: Layout, dst: Layout, value: TensorInfo
 def split_of(strategies: Sequence[Strategy], sizes: Sequence[int]) -> float:
     """How many ranks share the work of an op under one strategy per axis."""
     return math.prod(n for strategy, n in zip(strategies, sizes, strict=True) if strategy.factor)
-
-
-def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
-    """Bytes that a rank sends in one conversion node: forward, and backward where a gradient flows."""
-    known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
-    axis = program.mesh.index(str(node.args[1]))
-    n, row = program.mesh.shape[axis], BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-    step = Step(axis, before[axis], known.layout[axis])
-    whole = costs.whole_bytes(step, known.value, before)
-    return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
-
-
-def traffic(program: Program, costs: CostModel) -> dict[str, float]:
-    """Bytes that a rank sends in one forward and backward pass, by collective, in conversion nodes."""
-    moved: dict[str, float] = {}
-    for node in program.nodes("conversion"):
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-        for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
-            if count:
-                moved[name] = moved.get(name, 0.0) + count
-    return moved

@@ -10,6 +10,7 @@ import copy
 import linecache
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -144,7 +145,8 @@ class ShardedModule(nn.Module):
             self._check_inputs(leaves)
             ready.is_checked = True
         self._state.plan = ready.plan
-        self._state.step += self.training
+        if ready.is_random:
+            self._state.advance()
         return ready(leaves, self._state.mesh)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
@@ -276,11 +278,18 @@ class ShardedModule(nn.Module):
             )
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
+    @torch.compiler.disable
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> _Ready:
         """Plan, agree with the other ranks that all run the same program, and load it."""
         state, plan = self._state, None
         failure: Exception | None = None
         try:
+            held = [name for name, parameter in self.named_parameters() if weakref.getweakrefcount(parameter)]
+            if held and state.layouts is None:
+                raise PlanError(
+                    f"{held[0]} cannot move to its shards any more, torch.compile or another part of the script holds a weak reference to it; "
+                    "plan before that: pass example_inputs to autoshard.compile"
+                )
             for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
                 original.requires_grad_(parameter.requires_grad)
             for module, original in zip(self.modules(), state.source.modules(), strict=True):
@@ -349,6 +358,7 @@ class ShardedModule(nn.Module):
                 shape[0] *= self._state.spec.shape[self._state.spec.index(axis)]
         return torch.empty(shape, dtype=leaf.dtype, device="meta", requires_grad=leaf.requires_grad)
 
+    @torch.compiler.disable
     def _check_inputs(self, leaves: list[Any]) -> None:
         """At the first step of a program: arguments lie where they should, and plain ones are equal on all ranks."""
         failure: Exception | None = None
@@ -406,6 +416,11 @@ class _State:
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
         self.coordinate = tuple(self.mesh.get_coordinate() or ())
 
+    @torch.compiler.disable
+    def advance(self) -> None:
+        """Random ops draw anew at the next step; out of torch.compile's sight, which would compile every step anew."""
+        self.step += 1
+
     def next_seed(self) -> int:
         return runtime.mix(self.base_seed or 0, self.step)
 
@@ -432,6 +447,7 @@ class _Ready:
         self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
         self.as_dtensors = plan.outputs == "dtensor"
         self.is_checked = False
+        self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
 
     def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
         given = [leaves[k] for k in self.takes]

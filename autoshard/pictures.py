@@ -38,7 +38,7 @@ _INK, _PALE, _LINE = "#1f2933", "#5f6b78", "#8a97a6"
 _CHIPS = {"S": ("#cfe3ff", "#0b3d91"), "P": ("#ffdfb8", "#8a3b00"), "R": ("#ffffff", _PALE), "I": ("#ffffff", _PALE)}
 _PILLS = {"all_gather": "#1b7a43", "reduce_scatter": "#7436a8", "all_reduce": "#b3261e", "all_to_all": "#0b6e82"}
 _DEPTHS = ("#f6f8fb", "#edf1f7", "#e4eaf3", "#dbe3ee")
-_NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": _INK, "margin": "0.08,0.04", "height": ".2", "width": ".3"}
+_NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": _INK, "margin": "0.08,0.04"}
 _SMALL = {"color": "#c9d0d8", "fillcolor": "#fbfcfd", "margin": "0.04,0.02"}
 _LOCAL = {**_SMALL, "fillcolor": "#e3e7ec"}
 _NOTE = {"shape": "note", "style": "filled", "fillcolor": "#fffbe6", "color": "#b59f3b", "margin": "0.03,0.01"}
@@ -59,7 +59,7 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
     sketch = _Sketch(program, costs or CostModel(program.mesh, hardware_of(None)), homes, copies, classes, level)
     graph = graphviz.Digraph("autoshard", comment=f"mesh {program.mesh}, level {level}")
     graph.attr(nodesep="0.18", ranksep="0.22", fontname="Helvetica", labelloc="t", bgcolor="white", label=sketch.title(), tooltip=" ")
-    graph.attr("node", fontname="Helvetica", fontsize="11", fontcolor=_INK, **_NODE)
+    graph.attr("node", fontname="Helvetica", fontsize="11", fontcolor=_INK, height="0.2", width="0.3", **_NODE)
     graph.attr("edge", fontname="Helvetica", color=_LINE, arrowsize="0.6")
     _add_legend(graph)
     sketch.add_nodes(graph)
@@ -71,17 +71,17 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
 
 
 def _homes(program: Program) -> dict[fx.Node, str]:
-    """The module path that each node is drawn in; of a conversion the innermost one around its source and all its users."""
+    """The module path that each node is drawn in; of parameters and conversions the innermost one around source and users."""
     homes: dict[fx.Node, str] = {}
     for node in program.nodes():
         known = facts(node)
         is_named = known.role in ("parameter", "buffer", "update")
         homes[node] = known.name.rpartition(".")[0] if is_named else known.source.module if known.role in ("op", "projection") else ""
     users: dict[fx.Node, set[str]] = {}
-    for node in reversed(list(program.nodes("conversion"))):
+    for node in reversed(list(program.nodes("conversion", "parameter"))):
         users[node] = {path for user in node.users for path in users.get(user, {homes[user]})}
     for node, paths in reversed(users.items()):
-        parts = [path.split(".") for path in (homes[node.all_input_nodes[0]], *sorted(paths))]
+        parts = [path.split(".") for path in (homes[(*node.all_input_nodes, node)[0]], *sorted(paths))]
         shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
         homes[node] = ".".join(column[0] for column in shared)
     return homes
@@ -182,7 +182,8 @@ def _contract(program: Program, homes: Mapping[fx.Node, str], first: Mapping[fx.
         elif role == "conversion":
             classes.merge(named.setdefault((node.target, node.args[1], operands[0]), node), node)
         elif role in ("parameter", "buffer", "update") or is_update:
-            classes.merge(named.setdefault((role == "update" or is_update, homes[node]), node), node)
+            named_in = homes[node] if is_update else _parent(facts(node).name)
+            classes.merge(named.setdefault((role == "update" or is_update, named_in), node), node)
         elif _is_light(node):
             for head in map(classes.head_of, operands):
                 later = classes.head[node]
@@ -269,9 +270,12 @@ class _Sketch:
         for path in (path for head in self.classes.members if facts(head).role == "op" for path in _prefixes(self.homes[head])):
             counts[path] = counts.get(path, 0) + 1
         wanted = {path: None for path, count in counts.items() if count > 1 or self.level == "ops" or path in self.copies}
-        homes = {self._frame(home, wanted) for node, home in self.homes.items() if node in self.classes.members}
+        homes = {self._frame(self.homes[head], wanted) for head in self.classes.members}
         parents = [self._frame(_parent(path), wanted) for path in wanted]
-        self.clusters = [path for path in wanted if path in homes or path in self.copies or parents.count(path) > 1]
+        self.clusters = {path: None for path in wanted if path in homes or path in self.copies or parents.count(path) > 1}
+        self.contents: dict[str, list[fx.Node]] = {}
+        for head in self.classes.members:
+            self.contents.setdefault(self._frame(self.homes[head]), []).append(head)
         self.kinds = {facts(node).source.module: facts(node).source.module_class for node in self.program.nodes("op")}
         self.passing = self._collect()
 
@@ -289,13 +293,13 @@ class _Sketch:
 
     def add_nodes(self, graph: graphviz.Digraph, path: str = "") -> None:
         """Nodes of one cluster, then the clusters in it."""
-        for head, members in self.classes.members.items():
-            if self._frame(self.homes[head]) == path:
-                label, attributes = self._drawn(head, members)
-                tip = _tooltip(f"{member.name}: {self._described(member)}  {facts(member).source}" for member in members[:12])
-                graph.node(head.name, label, _attributes={**attributes, "tooltip": tip})
-                if (head.name, _stub(head)) in self.passing:
-                    graph.node(_stub(head), f"<{_text('↻ next layer', _PALE, 9)}>", _attributes=_PLAIN)
+        for head in self.contents.get(path, ()):
+            members = self.classes.members[head]
+            label, attributes = self._drawn(head, members)
+            tip = _tooltip(f"{member.name}: {self._described(member)}  {facts(member).source}" for member in members[:12])
+            graph.node(head.name, label, _attributes={**attributes, "tooltip": tip})
+            if (head.name, _stub(head)) in self.passing:
+                graph.node(_stub(head), f"<{_text('↻ next layer', _PALE, 9)}>", _attributes=_PLAIN)
         for child in self.clusters:
             if self._frame(_parent(child)) == path:
                 with graph.subgraph(name=f"cluster_{child}") as inner:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autoshard import plan_file
 from autoshard.checker import check
-from autoshard.costs import CostModel, traffic
+from autoshard.costs import CostModel
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
@@ -24,6 +24,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
+from autoshard.traffic import traffic
 from autoshard.text import human_bytes, human_seconds, short_dtype
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Seconds per phase (`trace_s`, `solve_s`, `emit_s`, ...), `nodes`, `objective_s`, `bound_s`, and what a step moves.
 
-        wire_bytes_per_step: bytes that a rank sends in the conversions of one forward and backward pass, by collective.
+        wire_bytes_per_step: bytes that a rank sends in one forward and backward pass, by collective.
         """
         moved = traffic(self.program, CostModel(self.mesh, self.hardware))
         return {**self.program.stats, "nodes": len(self.program.graph.nodes), "wire_bytes_per_step": moved}

@@ -192,7 +192,11 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
 
 def call_of(node: fx.Node) -> Call:
     """The Call that rules see."""
-    plain: Mapping[str, Any] = fx.map_arg(arguments(node), lambda operand: None)
-    inputs = tuple(facts(source).values[index] for source, index in map(producer, tensor_operands(node)))
-    bound = {name: (True if isinstance(value, fx.Node) else plain[name]) for name, value in arguments(node).items()}
-    return Call(op_name(node), bound, inputs, facts(node).values)
+
+    def info(operand: fx.Node) -> TensorInfo:
+        source, index = producer(operand)
+        return facts(source).values[index]
+
+    bound = {name: info(value) if isinstance(value, fx.Node) else value for name, value in arguments(node).items()}
+    plain: dict[str, Any] = fx.map_arg(bound, lambda operand: None)  # type: ignore[assignment,arg-type]
+    return Call(op_name(node), plain, tuple(map(info, tensor_operands(node))), facts(node).values)

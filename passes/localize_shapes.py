@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from autoshard import runtime
-from autoshard.candidates import base, bound_rule
+from autoshard.candidates import base, bound_rule, lowered_axes
 from autoshard.equations import Equation
 from autoshard.placements import local_shape
 from autoshard.program import Program, arguments, call_of, facts, set_argument
-from autoshard.rules import Lowering, Rule
+from autoshard.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class LocalizeShapes:
                     if strategy.factor and base(strategy.factor) not in rule.undrawn
                 )
             _localize_sizes(program, node, rule, equation)
-            if rule.lowering is not None:
-                _lower(program, node, rule.lowering)
+            _lower(program, node, rule)
         program.is_localized = True
         return program
 
@@ -59,13 +58,9 @@ def _localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equat
         set_argument(node, rule.piece, given // shrink if isinstance(given, int) else [size // shrink for size in given])
 
 
-def _lower(program: Program, node: fx.Node, lowering: Lowering) -> None:
-    axes: dict[str, tuple[str, ...]] = {}
-    for axis, strategy in zip(program.mesh.axes, facts(node).strategies, strict=True):
-        keyword = lowering.axes.get(base(strategy.factor)) if strategy.factor else None
-        if keyword is not None:
-            axes[keyword] = (*axes.get(keyword, ()), axis)
-    if axes:
+def _lower(program: Program, node: fx.Node, rule: Rule) -> None:
+    axes = lowered_axes(rule, [strategy.factor for strategy in facts(node).strategies], program.mesh.axes)
+    if axes and rule.lowering is not None:
         node.kwargs = {**node.kwargs, **axes}
         facts(node).op = node.target  # type: ignore[assignment]
-        node.target = getattr(runtime, lowering.function)
+        node.target = getattr(runtime, rule.lowering.function)

@@ -112,6 +112,17 @@ def evaluation_has_its_own_plan_and_the_same_parameters(mesh: DeviceMesh) -> Non
     assert int(compiled.state_dict()["features.1.num_batches_tracked"]) == 2
 
 
+def a_submodule_may_be_in_evaluation_mode(mesh: DeviceMesh) -> None:
+    compiled, reference = pair(mesh, "conv_net", "ddp")
+    args = batch("conv_net")
+    for model in (compiled, reference):
+        model.features[1].eval()
+        model(*args)[0].backward()
+    assert_same_gradients(compiled, reference)
+    counts = [int(compiled.state_dict()[f"features.{k}.num_batches_tracked"]) for k in (1, 5)]
+    assert counts == [0, 1]
+
+
 def without_gradients_nothing_is_recorded(mesh: DeviceMesh) -> None:
     compiled, reference = pair(mesh)
     with torch.no_grad():
@@ -334,7 +345,7 @@ def checkpoints_move_between_templates_and_meshes(mesh: DeviceMesh) -> None:
     dist.broadcast_object_list(folder)
     flat = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("all",))
     reference = EXAMPLES["gpt"].model()
-    setups = [(mesh, "megatron"), (flat, "fsdp"), (mesh, "megatron_sp"), (mesh, "fsdp")]
+    setups = [(mesh, "megatron"), (flat, "fsdp")]
     for number, (where, template) in enumerate(setups):
         source = autoshard.compile(EXAMPLES["gpt"].model(), where, template=template, example_inputs=batch())
         dcp.save(source.state_dict(), checkpoint_id=f"{folder[0]}/{number}")
@@ -430,14 +441,34 @@ def a_plan_saved_by_one_rank_serves_all(mesh: DeviceMesh) -> None:
 # --------------------------------------------------------------------------------------------------------- torch.compile
 
 
-def torch_compile_gives_equal_gradients(mesh: DeviceMesh) -> None:
+def torch_compile_makes_one_graph_of_equal_gradients(mesh: DeviceMesh) -> None:
+    from torch._dynamo.utils import counters
+
     compiled, reference = pair(mesh, template="megatron_sp", example_inputs=batch())
-    compiled(*batch())
+    compiled(*batch())  # planned and checked before
+    fast = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        loss, expected = fast(*batch(seed=seed)), reference(*batch(seed=seed))
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
+    assert_same_gradients(compiled, reference)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def torch_compile_comes_after_the_plan(mesh: DeviceMesh) -> None:
+    compiled, _ = pair(mesh, template="fsdp")
+    with pytest.raises(
+        autoshard.AutoshardError, match="tok.weight cannot move to its shards any more, torch.compile .* pass example_inputs"
+    ):
+        torch.compile(compiled, backend="aot_eager")(*batch())
+    compiled, reference = pair(mesh, template="fsdp", example_inputs=batch())
     fast = torch.compile(compiled, backend="aot_eager")
-    loss, expected = fast(*batch()), reference(*batch())
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
+    for seed in range(2):
+        loss, expected = fast(*batch(seed=seed)), reference(*batch(seed=seed))
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        expected.backward()
     assert_same_gradients(compiled, reference)
 
 
@@ -445,6 +476,7 @@ TRAINING = [
     gradients_accumulate,
     clipping_returns_the_norm_of_the_whole_model,
     evaluation_has_its_own_plan_and_the_same_parameters,
+    a_submodule_may_be_in_evaluation_mode,
     without_gradients_nothing_is_recorded,
     parameters_freeze_and_thaw,
     tied_weights_stay_one_parameter,
@@ -477,7 +509,7 @@ def test_two_ranks(checks: list[Check]) -> None:
 
 
 def test_torch_compile() -> None:
-    run_on_ranks(2, run_checks, [torch_compile_gives_equal_gradients], (2,), ("tp",))
+    run_on_ranks(2, run_checks, [torch_compile_makes_one_graph_of_equal_gradients, torch_compile_comes_after_the_plan], (2,), ("tp",))
 
 
 def test_four_ranks() -> None:

@@ -1,0 +1,108 @@
+"""Bytes that a rank sends: in conversion nodes, and inside lowerings, which are run on tensors without memory to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoshard import runtime
+from autoshard.conversions import BY_NAME, WIRE, Step
+from autoshard.costs import CostModel
+from autoshard.equation_builders import Call, TensorInfo
+from autoshard.mesh import MeshSpec
+from autoshard.placements import Layout, local_shape
+from autoshard.program import Program, call_of, facts, tensor_operands
+from autoshard.runtime import Collective
+
+
+@dataclass
+class MeteredAxis:
+    """Stands for runtime.Axis: notes what would be sent, and gives results of the right shape."""
+
+    name: str
+    size: int
+    sent: list[tuple[str, str, int]] = field(default_factory=list)  # axis, collective, bytes that the axis holds together
+    rank: int = 0
+
+    def convert(self, x: torch.Tensor, forward: Collective, backward: Collective) -> torch.Tensor:
+        whole = x.numel() * x.element_size() * (self.size if forward.name in ("all_gather", "all_to_all") else 1)
+        self.sent.append((self.name, forward.name, whole))
+        if x.requires_grad:
+            self.sent.append((self.name, backward.name, whole))
+        if forward.name == "all_gather":
+            return torch.cat([x] * self.size, forward.dim)
+        return x.chunk(self.size, forward.dim)[0] if forward.name in ("reduce_scatter", "slice") else x
+
+    def maximum(self, x: torch.Tensor) -> torch.Tensor:
+        self.sent.append((self.name, "all_reduce", x.numel() * x.element_size()))
+        return x.detach()
+
+
+def meter(
+    function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec
+) -> list[tuple[str, str, int]]:
+    """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
+    local = iter([_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)])
+    given = {name: next(local) if isinstance(value, TensorInfo) else value for name, value in call.arguments.items()}
+    sent: list[tuple[str, str, int]] = []
+    metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
+    lowering: Callable[..., Any] = getattr(runtime, function)
+    by_name = lowering.__kwdefaults__ or {}
+    lowering(*(value for name, value in given.items() if name not in by_name), **{name: given[name] for name in by_name if name in given}, **metered)
+    return sent
+
+
+def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
+    shape = local_shape(info.shape, layout, mesh.shape)
+    return torch.empty(shape or (), dtype=info.dtype, device="meta", requires_grad=info.needs_grad)
+
+
+def seconds_inside(costs: CostModel, sent: Sequence[tuple[str, str, int]]) -> float:
+    """Seconds of what a lowering sends."""
+    total = 0.0
+    for axis, name, whole in sent:
+        fixed, per_byte = costs.collective_terms(name, costs.mesh.index(axis))
+        total += fixed + per_byte * whole
+    return total
+
+
+def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
+    """Bytes that a rank sends in one conversion node: forward, and backward where a gradient flows."""
+    known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
+    axis = program.mesh.index(str(node.args[1]))
+    n, row = program.mesh.shape[axis], BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+    whole = costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
+    return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
+
+
+def traffic(program: Program, costs: CostModel) -> dict[str, float]:
+    """Bytes that a rank sends in one forward and backward pass, by collective; constants are converted once and not counted."""
+    moved: dict[str, float] = {}
+
+    def add(name: str, count: float) -> None:
+        if count:
+            moved[name] = moved.get(name, 0.0) + count
+
+    for node in program.nodes("conversion"):
+        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        if not facts(node).is_constant:
+            for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
+                add(name, count)
+    for node in program.nodes("op"):
+        for axis, name, whole in sent_inside(program, node):
+            add(name, WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole)
+    return moved
+
+
+def sent_inside(program: Program, node: fx.Node) -> list[tuple[str, str, int]]:
+    """What a lowered op sends: axis, collective, bytes that the axis holds together; nothing for other ops."""
+    if facts(node).op is None:
+        return []
+    axes = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    layouts = [facts(operand).layout for operand in tensor_operands(node)]
+    return meter(node.target.__name__, call_of(node), layouts, axes, program.mesh)  # type: ignore[union-attr,arg-type]
+
