@@ -54,7 +54,8 @@ def _disagreement(what: str, groups: Mapping[str, list[int]], texts: Sequence[st
     if texts:
         ranks = [members[0] for members in groups.values()][:2]
         pairs = itertools.zip_longest(*(texts[rank].splitlines() for rank in ranks), fillvalue="nothing")
-        different = next((pair for pair in pairs if pair[0] != pair[1]), ("other arguments",) * 2)
+        telling = (pair for pair in pairs if pair[0] != pair[1] and not pair[0].startswith("from "))  # imports only follow from the rest
+        different = next(telling, ("other arguments",) * 2)
         shown = "; ".join(f"rank {rank} has `{line.strip()}`" for rank, line in zip(ranks, different, strict=True))
     return f"ranks disagree on the {what}, stopped before the first step: {shown}. {_ADVICE[what]}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from autoshard.constraints import Template
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
-from autoshard.module import Inputs, Outputs, Settings, ShardedModule
+from autoshard.module import ShardedModule
 from autoshard.plan import Plan
-from autoshard.planner import Request, entry_layout, make_plan
+from autoshard.planner import Inputs, Outputs, Request, Settings, entry_layout, make_plan
 from autoshard.simulator import Simulation
 from autoshard.torch_internals import pytree
 from autoshard.verification import Verification, compare, simulate_plan
@@ -30,6 +30,13 @@ class Options:
     dump_dir: str | None = None
 
 
+def _check_call(model: Any, args: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"a model is an nn.Module, not {type(model).__name__}")
+    if isinstance(args, torch.Tensor):
+        raise InputError("the example inputs are a tuple of arguments; write (x,) for a single tensor")
+
+
 def _settings(
     device_type: str,
     template: Template,
@@ -40,7 +47,7 @@ def _settings(
     inputs: Inputs,
     outputs: Outputs,
 ) -> Settings:
-    choices = {"template": (template, ("auto", "ddp", "fsdp", "megatron", "megatron_sp")), "inputs": (inputs, ("global", "local")), "outputs": (outputs, ("whole", "dtensor"))}  # fmt: skip
+    choices = {"template": (template, get_args(Template)), "inputs": (inputs, get_args(Inputs)), "outputs": (outputs, get_args(Outputs))}
     for name, (given, known) in choices.items():
         if given not in known:
             raise InputError(f"{name}={given!r} is not known; there are {', '.join(map(repr, known))}")
@@ -84,6 +91,7 @@ def compile(
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
+    _check_call(model, example_inputs)
     settings = _settings(
         getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs
     )
@@ -115,6 +123,7 @@ def plan(
 
     mesh: `"dp=2,tp=4"`, a dict, a MeshSpec or a DeviceMesh. args, kwargs: global inputs; only shapes and dtypes are read.
     """
+    _check_call(model, args)
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
     settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
@@ -142,4 +151,5 @@ def verify(
     Runs in the model's dtype (use model.double() for an exact comparison; tolerance is 1e-9 then, else 1e-4, and 5e-2
     for half precision). Dropout is switched off on both sides, as no two ways to draw can agree; the result says so.
     """
+    plan.check_model(model)
     return compare(plan, model, tuple(args), dict(kwargs or {}), tolerance)

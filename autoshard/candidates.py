@@ -149,11 +149,20 @@ def layouts_of(joint: Iterable[Strategy], values: Sequence[TensorInfo], inputs: 
 
 
 def is_storable(layout: Layout) -> bool:
-    """Whether DTensor can say this layout: segments only of a dim that no other axis splits."""
-    return not any(
-        placement.segments and any(other.is_split and other.dim == placement.dim for k, other in enumerate(layout) if k != axis)
-        for axis, placement in enumerate(layout)
-    )
+    """Whether DTensor can say this layout: segments that are equal, of a dim that no other axis splits."""
+    return not any(placement.segments and not _is_strided_shard(layout, axis) for axis, placement in enumerate(layout))
+
+
+def _is_strided_shard(layout: Layout, axis: int) -> bool:
+    others = [other for k, other in enumerate(layout) if k != axis]
+    return len(set(layout[axis].segments)) == 1 and not any(other.is_split and other.dim == layout[axis].dim for other in others)
+
+
+def leaving_layout(layout: Layout, value: TensorInfo, wants_whole: bool) -> Layout:
+    """What leaves the program: whole, or (on request) split where it is split in a way that DTensor can say."""
+    whole = I if value.needs_grad else R
+    kept = [p.is_split and bool(value.shape) and not wants_whole and (not p.segments or _is_strided_shard(layout, k)) for k, p in enumerate(layout)]
+    return tuple(p if is_kept else whole for p, is_kept in zip(layout, kept, strict=True))
 
 
 def find_segmentations(program: Program) -> dict[int, list[tuple[int, ...]]]:

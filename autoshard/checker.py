@@ -18,7 +18,7 @@ from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replac
 from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
-from autoshard.program import Facts, Program, arguments, call_of, facts, op_of, producer, tensor_operands
+from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, facts, op_of, producer, tensor_operands
 from autoshard.rules import Rule
 
 
@@ -36,6 +36,8 @@ def _faults(program: Program, node: fx.Node) -> Iterator[str]:
         for operand in tensor_operands(node):
             if any(not (p.is_split or p == (I if facts(operand).needs_grad else R)) for p in facts(operand).layout):
                 yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; only whole (I) or split values may"
+            if not is_storable(facts(operand).layout):
+                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}, which DTensor cannot say"
         return
     if len(known.layouts) != len(known.values):
         yield "has no layout"
@@ -46,12 +48,16 @@ def _faults(program: Program, node: fx.Node) -> Iterator[str]:
             return
         if not value.needs_grad and layout != without_gradient(layout):
             yield f"{format_layout(layout, program.mesh)} of a value without gradient; I is written R there"
+    if known.is_constant and (known.role in ("parameter", "input") or not all(facts(operand).is_constant for operand in node.all_input_nodes)):
+        yield "is called constant, and depends on a parameter or input"
     check_role = {"op": _op_faults, "conversion": _conversion_faults, "projection": _projection_faults}.get(known.role, _placeholder_faults)
     yield from check_role(program, node, known)
 
 
 def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     if known.role == "update":
+        if facts(tensor_operands(node)[0]).is_constant:
+            yield "writes a buffer that is called constant"
         if any(facts(operand).layout != without_gradient((I,) * program.mesh.ndim) for operand in tensor_operands(node)):
             yield "writes a buffer with a value that is not whole on every rank"
         return
@@ -96,9 +102,10 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     operands = tensor_operands(node)
     values = [*(facts(p).values[k] for p, k in map(producer, operands)), *known.values]
     layouts = [*(facts(operand).layout for operand in operands), *known.layouts]
-    flows = any(value.needs_grad for value in values[: len(operands)])
-    if known.needs_grad and not flows:
-        yield "claims a gradient that no operand has"
+    flows = carries_gradient(node)
+    for k, value in enumerate(known.values):
+        if value.needs_grad != (flows and value.dtype.is_floating_point):
+            yield f"output {k} claims a gradient that it does not have" if value.needs_grad else f"output {k} denies the gradient that its operands have"
     rule, equation = bound_rule(node)
     proposals: dict[int, list[tuple[int, ...]]] = {}
     for layout in layouts:
@@ -138,6 +145,8 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
     given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
     if given != axes or (bool(axes) != (known.op is not None)):
         yield f"is lowered for axes {given}, its layouts ask {axes}"
+    elif axes and node.target is not getattr(runtime, rule.lowering.function):  # type: ignore[union-attr]
+        yield f"calls {node.target}, its lowering is {rule.lowering.function}"  # type: ignore[union-attr]
     drawn = tuple(a for a, f in zip(program.mesh.axes, factors, strict=True) if f and base(f) not in rule.undrawn)
     if known.random_axes != (drawn if rule.is_random(call_of(node)) else None):
         yield f"draws random numbers on axes {known.random_axes}, its layouts ask {drawn}"
@@ -148,4 +157,10 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
         wrong = [(g, n) for g, n in zip(sizes, local[start:], strict=False) if g not in (-1, n)]
         if wrong:
             yield f"asks for shape {sizes}, the local one is {list(local)}"
+    if rule.piece is not None:
+        dim, given_sizes = arguments(node)["dim"] % len(known.value.shape), arguments(node)[rule.piece]
+        pieces = [(local_shape(v.shape, x, program.mesh.shape) or v.shape)[dim] for v, x in zip(known.values, known.layouts, strict=True)]
+        is_right = given_sizes == (pieces[0] if isinstance(given_sizes, int) else pieces)
+        if not is_right and not (isinstance(given_sizes, int) and len(pieces) == 1 and given_sizes > pieces[0]):
+            yield f"cuts pieces of {given_sizes}, the local ones are {pieces}"
 

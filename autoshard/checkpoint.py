@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
+from autoshard.dtensors import stored_layout
 from autoshard.mesh import MeshSpec
-from autoshard.placements import I, Layout, S, shard
+from autoshard.placements import I, S, shard
 from autoshard.torch_internals import _StridedShard, pytree
 
 Tree = TypeVar("Tree")
@@ -70,14 +71,7 @@ def _blocks(tensor: DTensor) -> list[tuple[Run, ...]]:
     mesh, shape = tensor.device_mesh, tensor.shape
     spec = MeshSpec(tuple(f"axis{k}" for k in range(mesh.ndim)), tuple(mesh.shape))
     coordinate = tuple(mesh.get_coordinate() or ())
-    layout: Layout = tuple(
-        S(p.dim, (shape[p.dim] // p.split_factor,) * p.split_factor)
-        if isinstance(p, _StridedShard)
-        else S(p.dim)
-        if isinstance(p, Shard)
-        else I
-        for p in tensor.placements
-    )
+    layout = stored_layout(tensor)
     runs = []
     for dim, length in enumerate(shape):
         along = tuple(S(0, p.segments) if p.is_split and p.dim == dim else I for p in layout)

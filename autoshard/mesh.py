@@ -6,15 +6,18 @@ Ranks are numbered in row-major order over the axes (the last axis varies fastes
 from __future__ import annotations
 
 import itertools
+import keyword
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoshard import runtime
 from autoshard.errors import MeshError
 
 PIPELINE_AXIS = "pp"
+_RESERVED = {"self", "aten", "torch", "float"}
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,14 @@ class MeshSpec:
         for name, size in zip(self.axes, self.shape, strict=True):
             if not name.isidentifier():
                 raise MeshError(f"mesh axis {name!r} is not a name; use letters, digits and underscores, e.g. 'dp'")
+            if keyword.iskeyword(name) or name in _RESERVED or hasattr(runtime, name):
+                raise MeshError(f"mesh axis {name!r} is a word that emitted programs use otherwise; choose another, e.g. 'dp'")
             if size < 1:
                 raise MeshError(f"mesh axis {name!r} has size {size}; sizes start at 1")
         if PIPELINE_AXIS in self.axes:
-            raise MeshError("the axis 'pp' is reserved for pipeline stages, which are not supported yet; give its ranks to another axis, e.g. 'dp'")
+            raise MeshError(
+                "the axis 'pp' is reserved for pipeline stages, which are not supported yet; give its ranks to another axis, e.g. 'dp'"
+            )
 
     @property
     def ndim(self) -> int:
@@ -74,7 +81,7 @@ class MeshSpec:
             parts = [part.split("=") for part in mesh.replace(" ", "").split(",")]
             if not all(len(part) == 2 and part[1].isdigit() for part in parts):
                 raise MeshError(f"cannot read mesh {mesh!r}; write it like 'dp=2,tp=4'")
-            mesh = {name: int(size) for name, size in parts}
+            return cls(tuple(name for name, _ in parts), tuple(int(size) for _, size in parts))
         if isinstance(mesh, Mapping):
             return cls(tuple(mesh), tuple(mesh.values()))
         raise MeshError(f"a mesh is a DeviceMesh, a MeshSpec, a dict or a text like 'dp=2,tp=4', not {type(mesh).__name__}")

@@ -13,73 +13,28 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor import DTensor, Replicate
 
 from autoshard import runtime
 from autoshard.agreement import agree, content
 from autoshard.checkpoint import checkpointable
-from autoshard.constraints import Template
+from autoshard.dtensors import layout_of, torch_placements
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import InputError, MeshError, PlanError
-from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
-from autoshard.placements import I, Layout, R, S, local_shape, shard
+from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
-from autoshard.planner import Request, batch_axes, entry_layout, make_plan
+from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
 from autoshard.program import facts
-from autoshard.torch_internals import _StridedShard, local_of, pytree
+from autoshard.torch_internals import local_of, pytree
 
-Inputs = Literal["global", "local"]
-Outputs = Literal["whole", "dtensor"]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What autoshard.compile was asked."""
-
-    hardware: Hardware
-    template: Template = "auto"
-    constraints: Mapping[str, str] = field(default_factory=dict)
-    memory_budget_bytes: float | None = None
-    inputs: Inputs = "global"
-    outputs: Outputs = "whole"
-    seed: int | None = None
-    dump_dir: str | None = None
-
-
-def torch_placements(layout: Layout) -> list[TorchPlacement]:
-    """The DTensor placements of a storable layout."""
-    return [
-        _StridedShard(p.dim, split_factor=len(p.segments)) if p.segments else Shard(p.dim) if p.is_split else Replicate() for p in layout
-    ]
-
-
-def layout_of(tensor: DTensor, needs_grad: bool) -> Layout:
-    """The layout of a DTensor that the caller passes. Raises InputError for placements that cannot enter a program."""
-    found = []
-    for placement in tensor.placements:
-        if type(placement) is Shard:
-            found.append(S(placement.dim))
-        elif isinstance(placement, Replicate):
-            found.append(I if needs_grad else R)
-        else:
-            raise InputError(
-                f"a DTensor argument with placement {placement} cannot enter the program; redistribute it to Shard or Replicate"
-            )
-    sizes = tuple(tensor.device_mesh.shape)
-    if local_shape(tuple(tensor.shape), tuple(found), sizes) is None:
-        raise InputError(
-            f"a DTensor argument of shape {tuple(tensor.shape)} is split unevenly on a mesh of {sizes}; every split dim must divide"
-        )
-    return tuple(found)
 
 
 class ShardedModule(nn.Module):
@@ -287,7 +242,7 @@ class ShardedModule(nn.Module):
             held = [name for name, parameter in self.named_parameters() if weakref.getweakrefcount(parameter)]
             if held and state.layouts is None:
                 raise PlanError(
-                    f"{held[0]} cannot move to its shards any more, torch.compile or another part of the script holds a weak reference to it; "
+                    f"{held[0]} cannot move to its shards any more, torch.compile or other code holds a weak reference to it; "
                     "plan before that: pass example_inputs to autoshard.compile"
                 )
             for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):

@@ -20,13 +20,14 @@ from typing import Literal
 import graphviz
 from torch import fx
 
-from autoshard.conversions import BY_NAME, COMMUNICATES
-from autoshard.costs import CostModel, traffic, wire_bytes
+from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE
+from autoshard.costs import CostModel
 from autoshard.hardware import hardware_of
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Program, arguments, facts, op_name
 from autoshard.rules import rule_of
 from autoshard.text import describe_value, human_bytes, human_seconds, short_dtype
+from autoshard.traffic import sent_inside, traffic, wire_bytes
 
 Level = Literal["ops", "modules"]
 _VIEWS = re.compile(
@@ -239,8 +240,8 @@ def _tooltip(lines: Iterable[str]) -> str:
 
 
 def _stub(head: fx.Node) -> str:
-    """Name of the mark below a class that stands for its users in the copies of a folded layer."""
-    return f"{head.name}__next"
+    """Name of the mark below a class that stands for its users in the copies of a folded layer; the space makes it unique."""
+    return f"{head.name} next"
 
 
 def _add_legend(graph: graphviz.Digraph) -> None:
@@ -249,9 +250,9 @@ def _add_legend(graph: graphviz.Digraph) -> None:
     swatches += [(f"BORDER='1' COLOR='{_PILLS['all_reduce']}'", "in backward only"), (f"BGCOLOR='{_LOCAL['fillcolor']}'", "local")]
     rows = [_chip(kind, kind) + _cell(_text(text, size=9)) for kind, text in meanings.items()]
     rows += [_cell("      ", swatch) + _cell(_text(text, size=9)) for swatch, text in swatches]
-    with graph.subgraph(name="cluster_legend") as legend:
+    with graph.subgraph(name="cluster legend") as legend:
         legend.attr(label="legend", fontsize="11", style="rounded", color=_LINE, labeljust="l", tooltip="legend")
-        legend.node("legend", _table(rows), _attributes={**_PLAIN, "tooltip": "bytes that a rank sends: forward (fwd), backward (bwd)"})
+        legend.node("the legend", _table(rows), _attributes={**_PLAIN, "tooltip": "bytes that a rank sends: forward (fwd), backward (bwd)"})
 
 
 @dataclass
@@ -352,15 +353,23 @@ class _Sketch:
         if facts(head).role == "projection":
             names = [f"[{head.args[1]}]"]
         home, shape = self.homes[head], _text(self._shape((ops or members)[-1]), _PALE, 9)
-        axes = [f"{key}={','.join(value)}" for node in ops for key, value in node.kwargs.items() if key.endswith("_axes")]  # type: ignore[arg-type]
         is_framed = self._frame(home) == home
         title, name = " ".join(names[:4]) + " …" * (len(names) > 4), "" if is_framed else home.rpartition(".")[2]
         if name and len(ops) > 1:
             title = self.kinds.get(home) or title
         if updates or not ops or facts(head).is_constant:
             return f"<{_text(f'{name} {title}'.strip(), _PALE, 9)} {shape}>", _SMALL
-        lines = [f"{_text(name, is_bold=True)} {_text(title, is_bold=is_framed)}", shape, _text(" ".join(axes), size=9)]
+        lines = [f"{_text(name, is_bold=True)} {_text(title, is_bold=is_framed)}", shape, *map(self._inside, ops)]
         return f"<{'<BR/>'.join(filter(None, lines))}>", {}
+
+    def _inside(self, node: fx.Node) -> str:
+        """What the lowering of an op sends by itself, forward and backward together."""
+        sent: dict[tuple[str, str], float] = {}
+        for axis, name, whole in sent_inside(self.program, node):
+            count = WIRE[name](self.program.mesh.shape[self.program.mesh.index(axis)]) * whole
+            sent[name, axis] = sent.get((name, axis), 0.0) + count
+        lines = [(name, f"{name.replace('_', '-')} @{axis} {human_bytes(count)}") for (name, axis), count in sent.items() if count]
+        return "<BR/>".join(_text(line, _PILLS[name], 8, is_bold=True) for name, line in lines)
 
     def _pill(self, head: fx.Node, members: list[fx.Node]) -> Drawn:
         row, axis = BY_NAME[head.target.__name__], head.args[1]  # type: ignore[union-attr]

@@ -24,8 +24,8 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
-from autoshard.traffic import traffic
 from autoshard.text import human_bytes, human_seconds, short_dtype
+from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
     import graphviz
@@ -178,7 +178,8 @@ class Plan:
 
     def apply(self, model: nn.Module, mesh: DeviceMesh) -> ShardedModule:
         """Shard `model` over the processes of `mesh` as planned. Raises PlanError for another model or mesh."""
-        from autoshard.module import Settings, ShardedModule
+        from autoshard.module import ShardedModule
+        from autoshard.planner import Settings
 
         given = MeshSpec.of(mesh)
         if given != self.mesh:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
+from autoshard.constraints import Template
 from autoshard.errors import InputError
+from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
@@ -18,8 +20,22 @@ from autoshard.program import Program
 from autoshard.runner import Pass, run_passes
 from autoshard.torch_internals import pytree
 
-if TYPE_CHECKING:
-    from autoshard.module import Settings
+Inputs = Literal["global", "local"]
+Outputs = Literal["whole", "dtensor"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What autoshard.compile was asked."""
+
+    hardware: Hardware
+    template: Template = "auto"
+    constraints: Mapping[str, str] = field(default_factory=dict)
+    memory_budget_bytes: float | None = None
+    inputs: Inputs = "global"
+    outputs: Outputs = "whole"
+    seed: int | None = None
+    dump_dir: str | None = None
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -135,6 +136,14 @@ class Program:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+_WITHOUT_GRADIENT = re.compile(r"aten\.(detach|zeros_like|ones_like|full_like|empty_like|rand_like|randn_like|new_\w+)\.")
+
+
+def carries_gradient(node: fx.Node) -> bool:
+    """Whether the floating point results of an op have a gradient: some operand has one, and the op passes it on."""
+    return any(facts(p).values[k].needs_grad for p, k in map(producer, tensor_operands(node))) and not _WITHOUT_GRADIENT.match(op_name(node))
 
 
 def producer(node: fx.Node) -> tuple[fx.Node, int]:

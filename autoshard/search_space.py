@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import fx
 
-from autoshard.candidates import Candidate, CandidateTable
+from autoshard.candidates import Candidate, CandidateTable, leaving_layout
 from autoshard.constraints import Pin
 from autoshard.conversion_table import ConversionTable
 from autoshard.conversions import without_gradient
@@ -252,14 +252,9 @@ class SearchSpace:
             if user in self.domains:
                 continue
             for row, (have, other) in enumerate(ways):
-                wanted = self.chosen[user].inputs[k] if user in self.chosen else self.leaving_layout(have, info)
+                wanted = self.chosen[user].inputs[k] if user in self.chosen else leaving_layout(have, info, self.wants_whole_outputs)
                 total[row] += min(self._route_s(layout, wanted, info) for layout in dict.fromkeys((have, other or have)))
         return total
-
-    def leaving_layout(self, layout: Layout, info: TensorInfo) -> Layout:
-        """What leaves the program: whole, or (on request) split where it is split."""
-        whole = I if info.needs_grad else R
-        return tuple(p if p.is_split and not self.wants_whole_outputs and info.shape else whole for p in layout)
 
     def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         info, have = facts(value[0]).values[value[1]], self.fixed[value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from autoshard.errors import InputError
 from autoshard.mesh import MeshSpec
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
+from autoshard.placements import shard
 from autoshard.plan import Plan
 from autoshard.program import Program, call_of, facts, op_name
 from autoshard.rules import rule_of
@@ -24,7 +25,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest differences between a plan and the single device, relative to the largest value of each tensor."""
+    """Largest differences between a plan and the single device, relative to the largest value of each tensor (to 1, where that is smaller).
+
+    Every rank is compared. inf: another shape or dtype, a NaN, or a gradient that is None on one side only.
+    """
 
     outputs: float
     gradients: Mapping[str, float]
@@ -72,31 +76,41 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
     simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
     actual = [output for output in simulation.outputs if isinstance(output, Ranks)]
     nodes = [node for node in plan.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
-    outputs = max((_difference(e, simulation.whole(n.name)) for e, n in zip(expected, nodes, strict=True)), default=0.0)
+    outputs = max((_worst(e, y.values, n, plan.mesh) for e, y, n in zip(expected, actual, nodes, strict=True)), default=0.0)
     cotangents = [torch.randn_like(e) if e.requires_grad else None for e in expected]
     gradients: dict[str, float] = {}
     if any(c is not None for c in cotangents):
         torch.autograd.backward([e for e in expected if e.requires_grad], [c for c in cotangents if c is not None])
         simulation.backward(cotangents)
-        for name, parameter in reference.named_parameters():
-            if parameter.grad is not None:
-                found = simulation.gradient(name)
-                gradients[name] = float("inf") if found is None else _difference(parameter.grad, found)
-    buffers = {n: _difference(b, simulation.buffer(n)) for n, b in reference.named_buffers() if n in simulation.leaves and b.numel()}
+    placed = {facts(node).name: node for node in plan.program.nodes("parameter", "buffer")}
+    for name, parameter in reference.named_parameters():
+        own = plan.program.aliases.get(name, name)
+        found = [x.grad for x in simulation.leaves[own].values] if own in placed else [None]
+        if parameter.grad is not None or any(grad is not None for grad in found):
+            gradients[name] = _worst(parameter.grad, found, placed.get(own), plan.mesh)
+    buffers = {n: _worst(b, simulation.leaves[n].values, placed[n], plan.mesh) for n, b in reference.named_buffers() if n in placed and b.numel()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    assert len(actual) == len(expected)
     return Verification(outputs, gradients, buffers, _TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance, is_random_off)
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value (to 1, where that is smaller)."""
-    if expected.shape != actual.shape:
+def _worst(expected: torch.Tensor | None, pieces: Sequence[torch.Tensor | None], node: fx.Node | None, mesh: MeshSpec) -> float:
+    """Largest difference on any rank: ranks that hold the same thing must hold it alike."""
+    if expected is None or node is None or any(piece is None for piece in pieces):
+        return float("inf")
+    wanted = [shard(expected.detach(), facts(node).layout, mesh, at) for at in mesh.coordinates()]
+    scale = max(float(expected.detach().abs().max()), 1.0) if expected.is_floating_point() and expected.numel() else 1.0
+    return max(_difference(want, piece, scale) for want, piece in zip(wanted, pieces, strict=True))  # type: ignore[arg-type]
+
+
+def _difference(expected: torch.Tensor, actual: torch.Tensor, scale: float) -> float:
+    """Largest difference, as a part of `scale`."""
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return float("inf")
     if not expected.numel():
         return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, actual) else float("inf")
-    error = float((expected.detach() - actual.detach()).abs().max() / expected.detach().abs().max().clamp(min=1.0))
+    error = float((expected - actual.detach()).abs().max()) / scale
     return error if error == error else float("inf")
 
 

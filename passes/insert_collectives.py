@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from autoshard import runtime
+from autoshard.candidates import leaving_layout
 from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments
 from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
@@ -53,8 +54,7 @@ class InsertCollectives:
         return [self._leaving(facts(o)) for o in operands]
 
     def _leaving(self, known: Facts) -> Layout:
-        whole, given = (I if known.needs_grad else R), known.hub if known.is_pinned and known.hub else known.layout
-        return tuple(p if p.is_split and not self.wants_whole_outputs and known.value.shape else whole for p in given)
+        return leaving_layout(known.hub if known.is_pinned and known.hub else known.layout, known.value, self.wants_whole_outputs)
 
 
 def _plain(layout: Sequence) -> Layout:

@@ -18,7 +18,7 @@ from torch import fx
 from autoshard.conversions import BY_NAME
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
-from autoshard.program import Facts, Program, facts, producer, set_facts, tensor_operands
+from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts
 from autoshard.rules import RULES
 
 aten = torch.ops.aten
@@ -26,7 +26,6 @@ _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default
 _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default", "aten.alias.default", "aten.lift_fresh_copy.default"}
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *(rule.lowering.function for rule in RULES.values() if rule.lowering)}
-_WITHOUT_GRADIENT = re.compile(r"aten\.(detach|zeros_like|ones_like|full_like|empty_like|rand_like|randn_like|new_\w+)\.")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,9 @@ class _Writer:
 
     def _inline(self, node: fx.Node) -> None:
         if str(node.target) != "wrap_with_set_grad_enabled":
-            raise TraceError(f"{node.target} at {facts(node).source} is not supported: autocast regions and control flow cannot be partitioned yet")
+            inside = (facts(sub).source for graph in map(self._map, node.args) if isinstance(graph, fx.GraphModule) for sub in graph.graph.nodes)
+            place = next((source for source in (facts(node).source, *inside) if source.file), facts(node).source)
+            raise TraceError(f"{node.target} at {place} is not supported: autocast regions and control flow cannot be partitioned yet")
         enabled, body, *operands = self._map(node.args)
         for sub in body.graph.nodes:
             if sub.op == "placeholder":
@@ -217,7 +218,7 @@ class _Writer:
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
         node = self._create("call_function", target, args, kwargs, Facts("op", old.values, source=old.source))
-        flows = any(facts(p).values[k].needs_grad for p, k in map(producer, tensor_operands(node))) and not _WITHOUT_GRADIENT.match(str(target))
+        flows = carries_gradient(node)
         facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and v.dtype.is_floating_point) for v in old.values)
         return node
 

@@ -120,6 +120,7 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
         elif node.op == "placeholder":
             set_facts(node, _placeholder_facts(node, specs[node.name], originals, grads))
         elif node.op in ("call_function", "get_attr"):
+            _require_static(node)
             set_facts(node, Facts("op", _infos(node.meta.get("val")), source=_source(node)))
         else:
             set_facts(node, Facts("output"))
@@ -153,6 +154,17 @@ def _keep_constants(program: Program, exported: Any, model: nn.Module) -> None:
         value = exported.constants.get(name)
         if name not in own and isinstance(value, torch.Tensor):
             program.constants[name] = value.detach()
+
+
+def _require_static(node: fx.Node) -> None:
+    """Raise TraceError for a value whose shape depends on what other tensors hold."""
+    value = node.meta.get("val")
+    for tensor in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(tensor, torch.Tensor) and not all(isinstance(size, int) for size in tensor.shape):
+            raise TraceError(
+                f"the shape of what {node.target} returns depends on the values of tensors, at {_source(node)}: {list(tensor.shape)}. "
+                "Every shape must follow from the shapes of the arguments: use a mask and torch.where there."
+            )
 
 
 def _infos(value: Any) -> tuple[TensorInfo, ...]:

@@ -28,8 +28,10 @@ from llama import Llama, LlamaConfig  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
 import autoshard  # noqa: E402
-from autoshard.costs import CostModel, wire_bytes  # noqa: E402
+from autoshard.costs import CostModel  # noqa: E402
 from autoshard.placements import shard  # noqa: E402
+from autoshard.program import facts  # noqa: E402
+from autoshard.traffic import seconds_inside, sent_inside, wire_bytes  # noqa: E402
 
 LEARNING_RATE = 3e-4
 MIB = 2**20
@@ -320,10 +322,12 @@ def preset_of(device: str) -> str:
 
 
 def communication_s(plan: autoshard.Plan) -> float:
-    """Predicted seconds of the collectives in a plan's conversions, both passes."""
+    """Predicted seconds of a plan's collectives, in conversions and inside lowered ops, both passes."""
     costs = CostModel(plan.mesh, plan.hardware)
-    total = 0.0
+    total = sum(seconds_inside(costs, sent_inside(plan.program, node)) for node in plan.program.nodes("op"))
     for node in plan.program.nodes("conversion"):
+        if facts(node).is_constant:
+            continue
         rate = costs.axis_rates[plan.mesh.index(str(node.args[1]))]
         total += sum(plan.hardware.collective_latency_s + sent / rate for sent in wire_bytes(plan.program, node, costs) if sent)
     return total

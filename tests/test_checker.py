@@ -1,0 +1,222 @@
+"""The placement checker: every single change to a valid program that could change what it computes is refused.
+
+Mutations of conversions: dropped, doubled, every other row, every other axis, other dims and segments, another recorded
+placement. Mutations of ops: another layout of a result, other lowering axes, another local shape, other random axes, a
+gradient claimed or denied, a constant claimed. A mutant is left out only where it is the same program.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import EXAMPLES, GPT
+from torch import fx
+from training_oracle import fresh
+
+import autoshard
+from autoshard import runtime
+from autoshard.checker import check
+from autoshard.conversions import CONVERSIONS
+from autoshard.equation_builders import TensorInfo
+from autoshard.errors import PlacementError
+from autoshard.placements import I, P, Placement, R, S
+from autoshard.program import Facts, Program, facts, set_facts
+from autoshard.rules import rule_of
+
+Mutant = tuple[str, Callable[[fx.Node, Program], Any]]  # what is changed, and the change to a copy of the node
+
+PLANS = [
+    ("gpt", "a=2", {"seed": 1}),
+    ("gpt", "a=2,b=2", {"seed": 2}),
+    ("gpt", "dp=2,tp=2", {"template": "megatron_sp"}),
+    ("gpt", "dp=2", {"template": "ddp"}),
+    ("hf_llama", "tp=2", {"template": "megatron"}),
+    ("hf_llama", "a=2,b=2", {"seed": 3}),
+    ("conv_net", "a=2,b=2", {"seed": 4}),
+    ("conv_net", "dp=2", {"template": "fsdp"}),
+    ("encoder", "a=4", {"seed": 5}),
+]
+
+
+def finished(name: str, mesh: str, asked: dict[str, Any]) -> Program:
+    asked = dict(asked)
+    options = autoshard.Options(seed=asked.pop("seed", None))
+    if name == "dropout":
+        model, (args, kwargs) = GPT(dropout=0.1), EXAMPLES["gpt"].batch(0)
+    else:
+        model, (args, kwargs) = EXAMPLES[name].model(), EXAMPLES[name].batch(0)
+    return autoshard.plan(model, mesh, args, kwargs, options=options, **asked).program
+
+
+def copied(program: Program, node: fx.Node) -> tuple[Program, fx.Node]:
+    """A copy, and what stands for `node` in it."""
+    copy = fresh(program, program.mesh)
+    return copy, next(other for other in copy.graph.nodes if other.name == node.name)
+
+
+def survivors(program: Program, node: fx.Node, mutants: Iterator[Mutant], tried: Counter[str]) -> list[str]:
+    """Names of the mutants of one node that the checker lets pass; counts all in `tried`."""
+    found = []
+    for name, change in mutants:
+        mutant, there = copied(program, node)
+        change(there, mutant)
+        tried[name] += 1
+        try:
+            check(mutant)
+        except PlacementError:
+            continue
+        found.append(f"{node.name}: {name}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- conversions
+
+
+def mutants_of_conversion(program: Program, node: fx.Node) -> Iterator[Mutant]:
+    known, mesh = facts(node), program.mesh
+    axis = mesh.index(str(node.args[1]))
+
+    def drop(there: fx.Node, _: Program) -> None:
+        there.replace_all_uses_with(there.args[0])
+        there.graph.erase_node(there)
+
+    def double(there: fx.Node, _: Program) -> None:
+        with there.graph.inserting_after(there):
+            again = there.graph.node_copy(there)
+        set_facts(again, replace(facts(there)))
+        there.replace_all_uses_with(again)
+        again.args = (there, *there.args[1:])
+
+    yield "dropped", drop
+    yield "doubled", double
+    for row in CONVERSIONS:
+        if row.name != node.target.__name__:  # type: ignore[union-attr]
+            yield "another row", lambda there, _, row=row: setattr(there, "target", getattr(runtime, row.name))
+    for other in mesh.axes:
+        if other != node.args[1]:
+            yield "another axis", lambda there, _, other=other: there.update_arg(1, other)
+    for args in _other_arguments(node, len(known.value.shape)):
+        yield "other arguments", lambda there, _, args=args: setattr(there, "args", (*there.args[:2], *args))
+    for placement in _placements(len(known.value.shape)):
+        if placement != known.layout[axis] and not _is_same(placement, known.layout[axis], known.needs_grad):
+            layout = (*known.layout[:axis], placement, *known.layout[axis + 1 :])
+            yield "another recorded placement", lambda there, _, layout=layout: setattr(facts(there), "layouts", (layout,))
+    yield "gradient flipped", lambda there, _: _flip(there)
+
+
+def _other_arguments(node: fx.Node, ndim: int) -> Iterator[tuple]:
+    args = node.args[2:]
+    for k, value in enumerate(args):
+        if isinstance(value, int):
+            yield from ((*args[:k], dim, *args[k + 1 :]) for dim in range(ndim) if dim != value)
+        else:
+            yield (*args[:k], (2, 2) if value != (2, 2) else (), *args[k + 1 :])
+    if args:
+        yield args[:-1]
+    yield (*args, 0)
+
+
+def _placements(ndim: int) -> list[Placement]:
+    return [P, R, I, *(S(dim) for dim in range(ndim)), *(S(dim, (2, 2)) for dim in range(ndim))]
+
+
+def _is_same(a: Placement, b: Placement, needs_grad: bool) -> bool:
+    return not needs_grad and a.is_whole and b.is_whole
+
+
+def _flip(there: fx.Node) -> None:
+    known = facts(there)
+    known.values = tuple(TensorInfo(v.shape, v.dtype, not v.needs_grad) for v in known.values)
+
+
+# --------------------------------------------------------------------------------------------------------------- ops
+
+
+def mutants_of_op(program: Program, node: fx.Node) -> Iterator[Mutant]:
+    known = facts(node)
+    for k, (value, layout) in enumerate(zip(known.values, known.layouts, strict=True)):
+        for axis, placement in itertools.product(range(program.mesh.ndim), _placements(len(value.shape))):
+            if placement != layout[axis] and not _is_same(placement, layout[axis], value.needs_grad):
+                changed = (*layout[:axis], placement, *layout[axis + 1 :])
+                layouts = (*known.layouts[:k], changed, *known.layouts[k + 1 :])
+                yield "another layout", lambda there, _, layouts=layouts: setattr(facts(there), "layouts", layouts)
+    if all(v.dtype.is_floating_point for v in known.values):
+        yield "gradient flipped", lambda there, _: _flip(there)
+    if not known.is_constant:
+        yield "called constant", lambda there, _: setattr(facts(there), "is_constant", True)
+    if known.random_axes is not None:
+        for axes in ((), program.mesh.axes, None, program.mesh.axes[:1]):
+            if axes != known.random_axes:
+                yield "other random axes", lambda there, _, axes=axes: setattr(facts(there), "random_axes", axes)
+    yield from _lowering_mutants(program, node)
+    yield from _size_mutants(node)
+
+
+def _lowering_mutants(program: Program, node: fx.Node) -> Iterator[Mutant]:
+    for keyword, axes in node.kwargs.items():
+        if not keyword.endswith("_axes"):
+            continue
+        others = [c for n in range(program.mesh.ndim + 1) for c in itertools.permutations(program.mesh.axes, n) if c != axes]
+        for other in others:
+            yield "other lowering axes", lambda there, _, keyword=keyword, other=other: there.update_kwarg(keyword, other)
+
+        def plain(there: fx.Node, _: Program) -> None:
+            there.target = facts(there).op  # type: ignore[assignment]
+            there.kwargs = {k: v for k, v in there.kwargs.items() if not k.endswith("_axes")}
+            facts(there).op = None
+
+        yield "not lowered", plain
+        yield "another function", lambda there, _: setattr(there, "target", runtime.all_reduce)
+        yield "another function", lambda there, _: setattr(there, "target", runtime.mean if there.target is not runtime.mean else runtime.embedding)
+
+
+def _size_mutants(node: fx.Node) -> Iterator[Mutant]:
+    """Sizes among the arguments that the rule says are local."""
+    rule = rule_of(str(facts(node).op or node.target))
+    if rule is None:
+        return
+    schema = [argument.name for argument in (facts(node).op or node.target)._schema.arguments]  # type: ignore[union-attr]
+    for name in filter(None, (rule.shape, rule.piece)):
+        k = schema.index(name)
+        given = node.args[k]
+        if isinstance(given, int):
+            for other in (given * 2, given + 1, 1):
+                if other != given:
+                    yield "another size", lambda there, _, k=k, other=other: there.update_arg(k, other)
+            continue
+        for j, size in enumerate(given):  # type: ignore[arg-type,var-annotated]
+            if size == -1:
+                continue
+            for other in (size * 2, size + 1):
+                sizes = [other if i == j else n for i, n in enumerate(given)]  # type: ignore[arg-type]
+                yield "another size", lambda there, _, k=k, sizes=sizes: there.update_arg(k, sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize(("name", "mesh", "asked"), PLANS, ids=lambda value: str(value))
+def test_every_change_to_a_conversion_is_refused(name: str, mesh: str, asked: dict[str, Any]) -> None:
+    program = finished(name, mesh, asked)
+    check(program)
+    tried: Counter[str] = Counter()
+    nodes = [*program.nodes("conversion")][:40]
+    passed = [text for node in nodes for text in survivors(program, node, mutants_of_conversion(program, node), tried)]
+    assert not passed, f"{len(passed)} of {tried.total()} mutants pass: {passed[:10]}"
+    assert tried.total() > 15 * len(nodes), tried
+
+
+@pytest.mark.parametrize(("name", "mesh", "asked"), [*PLANS, ("dropout", "a=2,b=2", {"seed": 6})], ids=lambda value: str(value))
+def test_every_change_to_an_op_is_refused(name: str, mesh: str, asked: dict[str, Any]) -> None:
+    program = finished(name, mesh, asked)
+    tried: Counter[str] = Counter()
+    nodes = [*program.nodes("op")][:40]
+    passed = [text for node in nodes for text in survivors(program, node, mutants_of_op(program, node), tried)]
+    assert not passed, f"{len(passed)} of {tried.total()} mutants pass: {passed[:10]}"
+    assert tried.total() > 5 * len(nodes), tried
