@@ -34,6 +34,8 @@ def _faults(program: Program, node: fx.Node) -> Iterator[str]:
     known = facts(node)
     if known.role == "output":
         for operand in tensor_operands(node):
+            if program.leaves_whole and any(p.is_split for p in facts(operand).layout):
+                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; whole results are promised"
             if any(not (p.is_split or p == (I if facts(operand).needs_grad else R)) for p in facts(operand).layout):
                 yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; only whole (I) or split values may"
             if not is_storable(facts(operand).layout):

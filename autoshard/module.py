@@ -32,7 +32,7 @@ from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
 from autoshard.program import facts
-from autoshard.torch_internals import local_of, pytree
+from autoshard.torch_internals import let_segments_be_read, local_of, pytree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -44,6 +44,7 @@ class ShardedModule(nn.Module):
         super().__init__()
         spec = MeshSpec.of(mesh)
         _check_mesh(mesh, spec)
+        let_segments_be_read()
         object.__setattr__(self, "_state", _State(model, mesh, spec, settings))
         self._mirror(model, model.named_modules(remove_duplicate=False))
 

@@ -15,13 +15,14 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import graphviz
 from torch import fx
 
 from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE
 from autoshard.costs import CostModel
+from autoshard.errors import InputError
 from autoshard.hardware import hardware_of
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Program, arguments, facts, op_name
@@ -52,8 +53,11 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
     """The graph of `program` after insert_collectives; no Graphviz binary is needed until it is rendered.
 
     level: "ops" draws every node, "modules" one layer of each kind and one node per run of light ops. costs: prices of
-    the mesh (the bytes that are shown do not depend on the hardware).
+    the mesh (the bytes that are do not depend on the hardware).
+    Raises InputError for another level.
     """
+    if level not in get_args(Level):
+        raise InputError(f"level={level!r} is not known; there are {', '.join(map(repr, get_args(Level)))}")
     homes, is_folded = _homes(program), level == "modules"
     first, copies = _fold_layers(program, homes) if is_folded else ({}, {})
     classes = _contract(program, homes, first) if is_folded else _Classes({node: node for node in program.nodes()}, first)

@@ -137,6 +137,7 @@ class Plan:
         from autoshard.passes import EmitPrograms
 
         try:
+            program.leaves_whole = body["outputs"] == "whole"
             check(program)
             hardware = Hardware(**body["hardware"])
             plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])

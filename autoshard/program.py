@@ -98,7 +98,7 @@ class Program:
     """One traced forward pass on a mesh.
 
     is_typed: conversions stand between all layouts, so the checker may judge. is_localized: ops are written for local
-    tensors. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in (`baked`: as texts).
+    tensors. leaves_whole: results are promised whole on every rank. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in (`baked`: as texts).
     outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
     parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
     names of those that ran. constants: values of tensors that the
@@ -110,6 +110,7 @@ class Program:
     is_training: bool = True
     is_typed: bool = False
     is_localized: bool = False
+    leaves_whole: bool = False
     in_spec: Any = None
     out_spec: Any = None
     flat_inputs: tuple[str | None, ...] = ()

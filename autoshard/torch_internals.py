@@ -23,7 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
 
-__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "local_of", "pytree", "record_lost_backwards"]
+__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "let_segments_be_read", "local_of", "pytree", "record_lost_backwards"]
 
 
 def fake_mode() -> FakeTensorMode:
@@ -102,3 +102,28 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.to_local() if torch.compiler.is_compiling() else _Local.apply(tensor)
+
+
+def let_segments_be_read() -> None:
+    """Let `full_tensor()` and redistribute read parameters that are split by segments on torch before 2.13.
+
+    There DTensor's planner takes every _StridedShard for a nesting of axes and raises ValueError for one that stands alone;
+    from 2.13 on it falls back to the greedy planner by itself, as it does here. If it moves: such parameters can be trained
+    and saved shard by shard, but not put together.
+    """
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+        return
+    from torch.distributed.tensor._redistribute import DTensorRedistributePlanner as Planner
+
+    original = Planner.generate_graph_based_transform_infos
+    if getattr(original, "falls_back", False):
+        return
+
+    def generate(self: Any, src_spec: Any, dst_spec: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, src_spec, dst_spec, *args, **kwargs)
+        except ValueError:
+            return self.generate_greedy_transform_infos(src_spec, dst_spec)
+
+    generate.falls_back = True  # type: ignore[attr-defined]
+    Planner.generate_graph_based_transform_infos = generate  # type: ignore[method-assign]

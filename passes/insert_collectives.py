@@ -41,7 +41,7 @@ class InsertCollectives:
             replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
         for node in program.nodes("update"):
             facts(node).layouts = (native_layout(program.mesh.ndim, False),)
-        program.is_typed = True
+        program.is_typed, program.leaves_whole = True, self.wants_whole_outputs
         return program
 
     def _wanted(self, program: Program, node: fx.Node) -> list[Layout]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from hypothesis import settings
 from models import EXAMPLES, GPT
 from torch import fx
 from training_oracle import fresh
@@ -26,8 +26,10 @@ from autoshard.conversions import CONVERSIONS
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import PlacementError
 from autoshard.placements import I, P, Placement, R, S
-from autoshard.program import Facts, Program, facts, set_facts
+from autoshard.program import Program, facts, set_facts
 from autoshard.rules import rule_of
+
+IS_FULL = settings().max_examples > 1000  # the full profile changes every node, the other one of each kind
 
 Mutant = tuple[str, Callable[[fx.Node, Program], Any]]  # what is changed, and the change to a copy of the node
 
@@ -73,6 +75,12 @@ def survivors(program: Program, node: fx.Node, mutants: Iterator[Mutant], tried:
             continue
         found.append(f"{node.name}: {name}")
     return found
+
+
+def one_of_each(nodes: Iterator[fx.Node], kind: Callable[[fx.Node], Any]) -> list[fx.Node]:
+    """The last node of each kind; all of them with the full profile."""
+    every = list(nodes)
+    return every if IS_FULL else list({kind(node): node for node in every}.values())
 
 
 # ------------------------------------------------------------------------------------------------------- conversions
@@ -206,7 +214,7 @@ def test_every_change_to_a_conversion_is_refused(name: str, mesh: str, asked: di
     program = finished(name, mesh, asked)
     check(program)
     tried: Counter[str] = Counter()
-    nodes = [*program.nodes("conversion")][:40]
+    nodes = one_of_each(program.nodes("conversion"), lambda node: (node.target, node.args[1], facts(node).needs_grad, len(node.args)))
     passed = [text for node in nodes for text in survivors(program, node, mutants_of_conversion(program, node), tried)]
     assert not passed, f"{len(passed)} of {tried.total()} mutants pass: {passed[:10]}"
     assert tried.total() > 15 * len(nodes), tried
@@ -216,7 +224,53 @@ def test_every_change_to_a_conversion_is_refused(name: str, mesh: str, asked: di
 def test_every_change_to_an_op_is_refused(name: str, mesh: str, asked: dict[str, Any]) -> None:
     program = finished(name, mesh, asked)
     tried: Counter[str] = Counter()
-    nodes = [*program.nodes("op")][:40]
+    nodes = one_of_each(program.nodes("op"), lambda node: (node.target, len(node.kwargs), facts(node).needs_grad, facts(node).random_axes))
     passed = [text for node in nodes for text in survivors(program, node, mutants_of_op(program, node), tried)]
     assert not passed, f"{len(passed)} of {tried.total()} mutants pass: {passed[:10]}"
     assert tried.total() > 5 * len(nodes), tried
+
+
+def test_outputs_must_be_whole_or_split() -> None:
+    program = finished("conv_net", "dp=2", {"template": "fsdp"})
+    passed = 0
+    for node in [n for n in program.nodes("op", "conversion") if any(p in (P, R) for p in facts(n).layouts[0]) and len(facts(n).values) == 1 and facts(n).needs_grad]:
+        mutant, there = copied(program, node)
+        mutant.output.update_arg(0, [there])
+        with pytest.raises(PlacementError, match="leaves the program as .*; only whole \\(I\\) or split values may"):
+            check(mutant)
+        passed += 1
+    assert passed > 5
+
+
+def test_the_text_names_the_node_the_axis_the_layouts_and_the_line() -> None:
+    program = finished("gpt", "tp=2", {"template": "megatron"})
+    node = next(n for n in program.nodes("conversion") if n.target is runtime.all_reduce_invariant and "down" in n.name)
+    node.replace_all_uses_with(node.args[0])
+    program.graph.erase_node(node)
+    with pytest.raises(PlacementError) as caught:
+        check(program)
+    expected = (
+        "the program on tp=2 does not type-check:\n"
+        "  blocks_0_drop_dropout: no strategy of aten.dropout.default on axis tp takes (blocks_0_down_linear P) to (I); at "
+    )
+    assert expected in str(caught.value), str(caught.value)
+    assert "models.py:" in str(caught.value)
+
+
+def test_all_faults_are_reported() -> None:
+    program = finished("gpt", "tp=2", {"template": "megatron"})
+    for node in program.nodes("conversion"):
+        node.update_arg(1, "dp")
+    with pytest.raises(PlacementError, match=r"converts on axis 'dp', which the mesh does not have[\s\S]*converts on axis 'dp'"):
+        check(program)
+
+
+def test_a_buffer_is_written_whole() -> None:
+    program = finished("conv_net", "dp=2", {"template": "ddp"})
+    updates = list(program.nodes("update"))
+    for node in updates:
+        mutant, there = copied(program, node)
+        facts(there.args[0]).is_constant = True  # type: ignore[arg-type]
+        with pytest.raises(PlacementError, match="writes a buffer that is called constant"):
+            check(mutant)
+    assert updates

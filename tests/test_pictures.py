@@ -14,6 +14,7 @@ from torch import fx, nn
 import autoshard
 from autoshard.conversions import BY_NAME, Step
 from autoshard.costs import CostModel
+from autoshard.errors import InputError
 from autoshard.hardware import PRESETS
 from autoshard.mesh import MeshSpec
 from autoshard.passes import NormalizeGraph, TraceModel
@@ -187,3 +188,8 @@ def test_programs_without_layouts_are_drawn() -> None:
 @pytest.mark.parametrize("level", ["ops", "modules"])
 def test_pictures_are_deterministic(level: str) -> None:
     assert draw(gpt(2), level).source == draw(gpt(2), level).source  # type: ignore[arg-type]
+
+
+def test_unknown_level_is_refused() -> None:
+    with pytest.raises(InputError, match="level='layers' is not known; there are 'ops', 'modules'"):
+        draw(stack_of_linears(1)[0], "layers")  # type: ignore[arg-type]
