@@ -53,14 +53,14 @@ prove: $(READY)  ## run the property tests in full: 2,000 random graphs, meshes 
 bench: $(READY)  ## measure, and write the results to docs/benchmarks
 	$(BIN)/python tests/benchmarks/run.py
 
-gpu: autoshard/passes  ## check and measure on this machine's GPU; installs nothing, uses the current Python or PYTHON
+gpu:  ## check and measure on this machine's GPU; installs nothing, uses the current Python or PYTHON
 	PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) tests/gpu/run.py
 
 clean:  ## remove what was built and written, the environment too
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml | autoshard/passes
+$(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python from 3.11 to 3.13 found: name one with PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "$(PYTHON) cannot create an environment: apt-get install python3-venv, or name another with PYTHON=" >&2; exit 1; }
@@ -69,7 +69,3 @@ $(READY): pyproject.toml | autoshard/passes
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	@command -v dot >/dev/null || echo "graphviz's dot is missing, pictures stay .gv sources: apt-get install graphviz"
 	@touch $@
-
-# The passes stand beside the library; the link makes them autoshard.passes in a checkout that is not installed, and for mypy.
-autoshard/passes:
-	@ln -s ../passes $@
