@@ -24,13 +24,14 @@ from autoshard.rules import Rule
 
 def check(program: Program) -> None:
     """Raise PlacementError that lists every fault of the program."""
-    faults = [f"{node.name}: {fault}" for node in program.nodes() for fault in _faults(program, node)]
+    faults = [f"{node.name}: {fault}" for node in program.nodes() for fault in faults_of(program, node)]
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
 
 
-def _faults(program: Program, node: fx.Node) -> Iterator[str]:
+def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
+    """What is wrong with one node, given the nodes that it reads."""
     known = facts(node)
     if known.role == "output":
         for operand in tensor_operands(node):

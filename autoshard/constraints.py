@@ -123,8 +123,8 @@ def template_constraints(program: Program, template: Template) -> dict[str, str]
 
     ddp: the batch split on every axis, parameters whole. fsdp: the batch split on every axis, parameters split on their
     first dim that divides. megatron: weights of two and more dims split on the tensor axis (`tp`, else the last one),
-    what repeated blocks return whole there, other axes as ddp. megatron_sp: as megatron, with dim 1 of what blocks
-    return split on the tensor axis.
+    what repeated blocks and norms return whole there, other axes as ddp. megatron_sp: as megatron, with dim 1 of what
+    blocks and norms return split on the tensor axis.
     """
     mesh = program.mesh
     if template == "auto":
@@ -140,7 +140,7 @@ def template_constraints(program: Program, template: Template) -> dict[str, str]
     for path, nodes in module_outputs(program).items():
         if not all(facts(node).needs_grad and len(facts(node).value.shape) > 1 for node in nodes):
             continue
-        at_blocks = path.rpartition(".")[2].isdigit() and len(facts(nodes[0]).value.shape) > 2
+        at_blocks = len(facts(nodes[0]).value.shape) > 2 and (path.rpartition(".")[2].isdigit() or _is_norm(program, path))
         if not tensor_axis:
             constraints[f"output:{path}"] = batch
         elif at_blocks:
@@ -148,6 +148,12 @@ def template_constraints(program: Program, template: Template) -> dict[str, str]
         elif batch:
             constraints[f"output:{path}"] = batch
     return constraints
+
+
+def _is_norm(program: Program, path: str) -> bool:
+    """Whether all parameters of a module are vectors, as those of every norm."""
+    shapes = [facts(node).value.shape for name, node in program.parameters().items() if name.startswith(path + ".")]
+    return bool(shapes) and all(len(shape) == 1 for shape in shapes)
 
 
 def _parameter_template(program: Program, node: fx.Node, template: Template, tensor_axis: str) -> str:

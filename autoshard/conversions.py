@@ -123,7 +123,7 @@ def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, .
     if found or not differing:
         return tuple(found) or ((),)
     blocking = [axis for axis in range(len(src)) if src[axis].is_split]
-    detour = [(axis, R) for axis in reversed(blocking)]
+    detour = [(axis, R if dst[axis].is_split else dst[axis]) for axis in reversed(blocking)]
     rest = [(axis, dst[axis]) for axis in range(len(src)) if axis in differing or axis in blocking]
     route = _walk(src, [*detour, *rest], shape, sizes)
     return (route,) if route else ()

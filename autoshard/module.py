@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -31,7 +31,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
-from autoshard.program import facts
+from autoshard.program import Facts, facts
 from autoshard.torch_internals import let_segments_be_read, local_of, pytree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -399,7 +399,8 @@ class _Ready:
 
     def __init__(self, plan: Plan, program: Any, state: _State) -> None:
         self.plan, self.program = plan, program
-        self.results = [(facts(node), facts(node).value.shape) for node in plan.program.output.args[0]]  # type: ignore[union-attr]
+        nodes = list(plan.program.output.args[0])  # type: ignore[arg-type]
+        self.results = [facts(node) if isinstance(node, fx.Node) else None for node in nodes]  # a result may be a constant
         self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
         self.as_dtensors = plan.outputs == "dtensor"
         self.is_checked = False
@@ -410,18 +411,16 @@ class _Ready:
         results = self.program.forward(*map(local_of, given))
         if self.as_dtensors:
             results = [
-                DTensor.from_local(
-                    x, mesh, torch_placements(known.layout), run_check=False, shape=torch.Size(shape), stride=_strides(shape)
-                )
-                if shape
-                else x
-                for x, (known, shape) in zip(results, self.results, strict=True)
+                self._distributed(x, known, mesh) if known and known.value.shape else x
+                for x, known in zip(results, self.results, strict=True)
             ]
         return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
 
-
-def _strides(shape: Iterable[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
+    @staticmethod
+    def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh) -> DTensor:
+        shape = torch.Size(known.value.shape)
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, torch_placements(known.layout), run_check=False, shape=shape, stride=strides)
 
 
 def load_program(

@@ -53,7 +53,7 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
     """The graph of `program` after insert_collectives; no Graphviz binary is needed until it is rendered.
 
     level: "ops" draws every node, "modules" one layer of each kind and one node per run of light ops. costs: prices of
-    the mesh (the bytes that are do not depend on the hardware).
+    the mesh (the bytes that are shown do not depend on the hardware).
     Raises InputError for another level.
     """
     if level not in get_args(Level):

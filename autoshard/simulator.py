@@ -180,11 +180,12 @@ class Simulation:
         return self.leaves[name].values[0]
 
     def backward(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
-        """Backward from every output that has a gradient: `grads` (global, one per output), ones when not given."""
+        """Backward from every output that has a gradient: `grads` (global, one per output that is a tensor), ones when not given."""
         roots, seeds = [], []
         nodes = list(self.program.output.args[0])  # type: ignore[arg-type,call-overload]
-        for k, (node, output) in enumerate(zip(nodes, self.outputs, strict=True)):
-            if not isinstance(output, Ranks) or not output.values[0].requires_grad or (grads is not None and grads[k] is None):
+        tensors = [(node, output) for node, output in zip(nodes, self.outputs, strict=True) if isinstance(output, Ranks)]
+        for k, (node, output) in enumerate(tensors):
+            if not output.values[0].requires_grad or (grads is not None and grads[k] is None):
                 continue
             seed = torch.ones(facts(node).value.shape, dtype=facts(node).value.dtype) if grads is None else grads[k]
             roots += output.values

@@ -68,21 +68,21 @@ class _Router:
         self.program, self.model, self.node, self.known = program, model, node, facts(node)
         self.wants: dict[Layout, None] = {}
         self.source: dict[Layout, Layout] = {}  # layout -> the layout it is converted from
-        self.made: dict[Layout, fx.Node] = {self.known.layout: node}
+        hub = self.known.hub
+        self.hub = hub if hub is not None and hub != self.known.layout else None
+        self.reads_hub_only = self.known.is_pinned and self.hub is not None
+        self.made: dict[Layout, fx.Node] = {} if self.reads_hub_only else {self.known.layout: node}
 
     def want(self, layout: Layout) -> None:
         self.wants[layout] = None
 
     def plan(self) -> None:
         """Greedy tree: the cheapest layout to reach next, from any that is reached."""
-        reached, missing = [self.known.layout], [x for x in self.wants if x != self.known.layout]
-        hub = self.known.hub
-        if hub is not None and hub != self.known.layout:
-            self.source[hub] = self.known.layout
-            reached.append(hub)
-        if self.known.is_pinned and hub is not None:
-            reached = [hub]
-            missing = [x for x in self.wants if x != hub]
+        reached = [self.hub] if self.reads_hub_only and self.hub else [self.known.layout]
+        if self.hub is not None and not self.reads_hub_only:
+            self.source[self.hub] = self.known.layout
+            reached.append(self.hub)
+        missing = list(self.wants)
         while missing := [x for x in missing if x not in reached]:
             priced = [(self._price(a, b), i, j) for i, b in enumerate(missing) for j, a in enumerate(reached)]
             _, i, j = min(priced)
@@ -95,29 +95,20 @@ class _Router:
 
     def fetch(self, layout: Layout, user: fx.Node) -> fx.Node:
         """The node that holds the value in `layout`, made before `user` where it does not exist."""
-        if self.known.is_pinned and layout == self.known.layout and layout != self.known.hub and layout in self.source:
-            return self._through(layout, user)
-        return self.made[layout] if layout in self.made else self._through(layout, user)
-
-    def _through(self, layout: Layout, user: fx.Node) -> fx.Node:
-        src = self.source[layout]
-        node = self.made[src] if src in self.made else self._through(src, user)
-        best = self.model.best_route(src, layout, self.known.value)
-        if best is None:
-            raise PlacementError(f"no conversion of {self.node.name} from {src} to {layout}")
-        for step in best[1]:
-            node = self._insert(node, step, user)
-        self.made[layout] = node
-        return node
+        if layout not in self.made:
+            starts = self.reads_hub_only and layout == self.hub
+            node = self.node if starts else self.fetch(self.source[layout], user)
+            best = self.model.best_route(facts(node).layout, layout, self.known.value)
+            if best is None:
+                raise PlacementError(f"no conversion of {self.node.name} from {facts(node).layout} to {layout}")
+            for step in best[1]:
+                node = self._insert(node, step, user)
+            self.made[layout] = node
+        return self.made[layout]
 
     def _insert(self, node: fx.Node, step: Step, user: fx.Node) -> fx.Node:
-        before = facts(node).layout
-        after = replace_axis(before, step.axis, step.dst)
-        if after in self.made and after not in self.source:
-            return self.made[after]
         with self.program.graph.inserting_before(user):
-            new = insert_conversion(self.program, node, step)
-        return new
+            return insert_conversion(self.program, node, step)
 
 
 def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoshard import Hardware
+
 BATCH, LENGTH, VOCAB = 4, 8, 32
 
 
@@ -111,6 +113,10 @@ def hf_llama() -> nn.Module:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": VOCAB, "max_position_embeddings": LENGTH}
     return LlamaForCausalLM(LlamaConfig(**heads, **sizes, use_cache=False))
+
+
+# Slow at computing, with links that cost nothing: what the solver distributes even when it is tiny.
+SLOW = Hardware("slow", 1e9, 1e9, 1e12, 64, 1e15, 1e15, 1e-9, 1e-9)
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,29 @@ def results_keep_the_models_own_structure(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(plain[0], result.loss)
 
 
+class Structured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP()
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, negate: bool = False) -> dict[str, Any]:
+        y = self.inner(x) * scale
+        return {"y": -y if negate else y, "count": 3, "none": None, "pair": [y.sum(), (y,)]}
+
+
+def constants_pass_through(mesh: DeviceMesh) -> None:
+    model, x = Structured().double(), torch.randn(4, 8, dtype=torch.float64)
+    for outputs in ("whole", "dtensor"):
+        compiled = autoshard.compile(model, mesh, template="ddp", outputs=outputs)
+        for arguments in ((x,), (x, 3.0), (x, 3.0, True)):
+            result, expected = compiled(*arguments), model(*arguments)
+            assert list(result) == list(expected)
+            assert (result["count"], result["none"]) == (3, None)
+            torch.testing.assert_close(whole(result["y"]), expected["y"])
+            torch.testing.assert_close(result["pair"][0], expected["pair"][0])
+            torch.testing.assert_close(whole(result["pair"][1][0]), expected["pair"][1][0])
+
+
 # --------------------------------------------------------------------------------------------------------------- dropout
 
 
@@ -459,7 +482,7 @@ def torch_compile_makes_one_graph_of_equal_gradients(mesh: DeviceMesh) -> None:
 def torch_compile_comes_after_the_plan(mesh: DeviceMesh) -> None:
     compiled, _ = pair(mesh, template="fsdp")
     with pytest.raises(
-        autoshard.AutoshardError, match="tok.weight cannot move to its shards any more, torch.compile .* pass example_inputs"
+        autoshard.AutoshardError, match=r"tok\.weight cannot move to its shards any more, torch\.compile .* pass example_inputs"
     ):
         torch.compile(compiled, backend="aot_eager")(*batch())
     compiled, reference = pair(mesh, template="fsdp", example_inputs=batch())
@@ -491,6 +514,7 @@ VALUES = [
     a_plan_for_this_ranks_part_is_used,
     results_may_be_distributed,
     results_keep_the_models_own_structure,
+    constants_pass_through,
     dropout_is_equal_where_values_are_and_differs_where_they_are_split,
     dropout_is_reproducible_by_seed,
     dropout_leaves_the_expectation,

@@ -161,12 +161,12 @@ class Autocast(nn.Module):
         (Branch(), "cannot trace Branch: \ntest_errors.py:\nif x.sum() > 0:\nbranches on values of tensors\nuse torch.where"),
         (
             Masked(),
-            "the shape of what aten.nonzero.default returns depends on the values of tensors\nreturn x.nonzero()\nuse a mask and torch.where",
+            "the shape of what aten.nonzero.default returns depends on the values of tensors\nreturn x.nonzero()\nuse a mask",
         ),
         (ToNumpy(), "cannot trace ToNumpy: .numpy() is not supported\ntest_errors.py:\nreturn torch.from_numpy(x.detach().numpy())"),
         (
             Custom(),
-            "custom autograd.Function Tripled at \ntest_errors.py:\nwould lose its backward\ntorch.library.custom_op with register_autograd",
+            "custom autograd.Function Tripled at \ntest_errors.py:\nlose its backward\ntorch.library.custom_op with register_autograd",
         ),
         (Autocast(), "wrap_with_autocast at inner.up  \nis not supported: autocast regions"),
     ],

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import EXAMPLES, loss_of
+from models import EXAMPLES, SLOW, loss_of
 from processes import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -74,7 +74,7 @@ def compiled_for(job: Job, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return autoshard.Plan.load(job.plan).apply(model, mesh)
     args, kwargs = ((), {}) if job.is_lazy else EXAMPLES[job.example].batch(0)
     examples: dict[str, Any] = {} if job.is_lazy else {"example_inputs": args, "example_kwargs": kwargs}
-    return autoshard.compile(model, mesh, template=job.template, hardware="h100", options=autoshard.Options(seed=job.seed), **examples)
+    return autoshard.compile(model, mesh, template=job.template, hardware=SLOW, options=autoshard.Options(seed=job.seed), **examples)
 
 
 def train(jobs: list[Job], shape: tuple[int, ...], names: tuple[str, ...], ranks: list | None = None) -> list[str]:
@@ -124,14 +124,12 @@ def test_four_ranks_on_two_axes() -> None:
 
 def test_plans_from_a_file_on_ranks_in_an_order_of_their_own(tmp_path: Any) -> None:
     jobs = []
-    for number, (example, template) in enumerate([("gpt", "megatron"), ("hf_llama", "megatron_sp"), ("encoder", "fsdp"), ("conv_net", "auto")]):
+    for example, template in [("gpt", "megatron"), ("hf_llama", "megatron_sp"), ("encoder", "fsdp"), ("conv_net", "auto")]:
         args, kwargs = EXAMPLES[example].batch(0)
-        seed = 5 if template == "auto" else None
-        plan = autoshard.plan(
-            EXAMPLES[example].model(), "a=2,b=2", args, kwargs, template=template, hardware="h100", options=autoshard.Options(seed=seed)
-        )
-        plan.save(tmp_path / f"{number}.json")
-        jobs.append(Job(example, template, plan=str(tmp_path / f"{number}.json")))
+        options = autoshard.Options(seed=5 if template == "auto" else None)
+        plan = autoshard.plan(EXAMPLES[example].model(), "a=2,b=2", args, kwargs, template=template, hardware=SLOW, options=options)
+        plan.save(tmp_path / f"{example}.json")
+        jobs.append(Job(example, template, plan=str(tmp_path / f"{example}.json")))
     check(4, jobs, (2, 2), ("a", "b"), [[0, 2], [1, 3]])
 
 

@@ -4,7 +4,7 @@ Passes: trace_model, normalize_graph, fold_constants, annotate_shardings, insert
 """
 
 import torch
-from autoshard_runtime import Program, all_gather, all_gather_invariant, all_reduce_invariant, cross_entropy, embedding, keep_first_invariant, slice_invariant, slice_varying, vary
+from autoshard_runtime import Program, all_gather, all_gather_invariant, all_reduce_invariant, cross_entropy, embedding, keep_first_invariant, reduce_scatter, slice_invariant, slice_varying, vary
 
 aten = torch.ops.aten
 
@@ -85,16 +85,17 @@ class Rank(Program):
         # ---- blocks.0.norm1 (LayerNorm)
         # gpt.py:64  x = x + self.attn(self.norm1(x))
         blocks_0_norm1_layer_norm = aten.layer_norm.default(drop_dropout, [32], blocks_0_norm1_weight_vary, blocks_0_norm1_bias_vary, 1e-05, False)  # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_0_norm1_layer_norm_vary = vary(blocks_0_norm1_layer_norm, tp)                              # f32[2, 16, 32]  S(0)@dp R@tp   identity; backward all_reduce
+        blocks_0_norm1_layer_norm_slice_invariant = slice_invariant(blocks_0_norm1_layer_norm, tp, 1)     # f32[2, 8, 32]  S(0)@dp S(1)@tp   slice; backward all_gather
+        blocks_0_norm1_layer_norm_all_gather = all_gather(blocks_0_norm1_layer_norm_slice_invariant, tp, 1)  # f32[2, 16, 32]  S(0)@dp R@tp   all_gather; backward reduce_scatter
         blocks_0_attn_qkv_weight = self.tensor("blocks.0.attn.qkv.weight")                                # f32[48, 32]  I@dp S(0:3x32)@tp
         blocks_0_attn_qkv_weight_vary = vary(blocks_0_attn_qkv_weight, dp)                                # f32[48, 32]  R@dp S(0:3x32)@tp   identity; backward all_reduce
         blocks_0_attn_qkv_bias = self.tensor("blocks.0.attn.qkv.bias")                                    # f32[48]  I@dp S(0:3x32)@tp
         blocks_0_attn_qkv_bias_vary = vary(blocks_0_attn_qkv_bias, dp)                                    # f32[48]  R@dp S(0:3x32)@tp   identity; backward all_reduce
-        del blocks_0_norm1_weight_vary, blocks_0_norm1_bias_vary, blocks_0_norm1_layer_norm
+        del blocks_0_norm1_weight_vary, blocks_0_norm1_bias_vary, blocks_0_norm1_layer_norm, blocks_0_norm1_layer_norm_slice_invariant
         # ---- blocks.0.attn.qkv (Linear)
         # gpt.py:37  part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        blocks_0_attn_qkv_linear = aten.linear.default(blocks_0_norm1_layer_norm_vary, blocks_0_attn_qkv_weight_vary, blocks_0_attn_qkv_bias_vary)  # f32[2, 16, 48]  S(0)@dp S(2:3x32)@tp
-        del blocks_0_norm1_layer_norm_vary, blocks_0_attn_qkv_weight_vary, blocks_0_attn_qkv_bias_vary
+        blocks_0_attn_qkv_linear = aten.linear.default(blocks_0_norm1_layer_norm_all_gather, blocks_0_attn_qkv_weight_vary, blocks_0_attn_qkv_bias_vary)  # f32[2, 16, 48]  S(0)@dp S(2:3x32)@tp
+        del blocks_0_norm1_layer_norm_all_gather, blocks_0_attn_qkv_weight_vary, blocks_0_attn_qkv_bias_vary
         # ---- blocks.0.attn (Attention)
         blocks_0_attn_chunk = aten.chunk.default(blocks_0_attn_qkv_linear, 3, -1)                         # 3 x f32[2, 16, 16]  S(0)@dp S(2)@tp
         blocks_0_attn_getitem = blocks_0_attn_chunk[0]                                                    # f32[2, 16, 16]  S(0)@dp S(2)@tp
@@ -136,16 +137,17 @@ class Rank(Program):
         # ---- blocks.0.norm2 (LayerNorm)
         # gpt.py:65  return x + self.mlp(self.norm2(x))
         blocks_0_norm2_layer_norm = aten.layer_norm.default(blocks_0_add, [32], blocks_0_norm2_weight_vary, blocks_0_norm2_bias_vary, 1e-05, False)  # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_0_norm2_layer_norm_vary = vary(blocks_0_norm2_layer_norm, tp)                              # f32[2, 16, 32]  S(0)@dp R@tp   identity; backward all_reduce
+        blocks_0_norm2_layer_norm_slice_invariant = slice_invariant(blocks_0_norm2_layer_norm, tp, 1)     # f32[2, 8, 32]  S(0)@dp S(1)@tp   slice; backward all_gather
+        blocks_0_norm2_layer_norm_all_gather = all_gather(blocks_0_norm2_layer_norm_slice_invariant, tp, 1)  # f32[2, 16, 32]  S(0)@dp R@tp   all_gather; backward reduce_scatter
         blocks_0_mlp_up_weight = self.tensor("blocks.0.mlp.up.weight")                                    # f32[64, 32]  I@dp S(0)@tp
         blocks_0_mlp_up_weight_vary = vary(blocks_0_mlp_up_weight, dp)                                    # f32[64, 32]  R@dp S(0)@tp   identity; backward all_reduce
         blocks_0_mlp_up_bias = self.tensor("blocks.0.mlp.up.bias")                                        # f32[64]  I@dp S(0)@tp
         blocks_0_mlp_up_bias_vary = vary(blocks_0_mlp_up_bias, dp)                                        # f32[64]  R@dp S(0)@tp   identity; backward all_reduce
-        del blocks_0_norm2_weight_vary, blocks_0_norm2_bias_vary, blocks_0_norm2_layer_norm
+        del blocks_0_norm2_weight_vary, blocks_0_norm2_bias_vary, blocks_0_norm2_layer_norm, blocks_0_norm2_layer_norm_slice_invariant
         # ---- blocks.0.mlp.up (Linear)
         # gpt.py:52  return self.drop(self.down(F.gelu(self.up(x))))
-        blocks_0_mlp_up_linear = aten.linear.default(blocks_0_norm2_layer_norm_vary, blocks_0_mlp_up_weight_vary, blocks_0_mlp_up_bias_vary)  # f32[2, 16, 64]  S(0)@dp S(2)@tp
-        del blocks_0_norm2_layer_norm_vary, blocks_0_mlp_up_weight_vary, blocks_0_mlp_up_bias_vary
+        blocks_0_mlp_up_linear = aten.linear.default(blocks_0_norm2_layer_norm_all_gather, blocks_0_mlp_up_weight_vary, blocks_0_mlp_up_bias_vary)  # f32[2, 16, 64]  S(0)@dp S(2)@tp
+        del blocks_0_norm2_layer_norm_all_gather, blocks_0_mlp_up_weight_vary, blocks_0_mlp_up_bias_vary
         # ---- blocks.0.mlp (MLP)
         blocks_0_mlp_gelu = aten.gelu.default(blocks_0_mlp_up_linear)                                     # f32[2, 16, 64]  S(0)@dp S(2)@tp
         blocks_0_mlp_down_weight = self.tensor("blocks.0.mlp.down.weight")                                # f32[32, 64]  I@dp S(1)@tp
@@ -165,25 +167,26 @@ class Rank(Program):
         # gpt.py:65  return x + self.mlp(self.norm2(x))
         blocks_0_add_1 = blocks_0_add + blocks_0_mlp_drop_dropout                                         # f32[2, 16, 32]  S(0)@dp I@tp
         blocks_0_add_1_slice_invariant = slice_invariant(blocks_0_add_1, tp, 1)                           # f32[2, 8, 32]  S(0)@dp S(1)@tp   slice; backward all_gather
-        blocks_0_add_1_all_gather_invariant = all_gather_invariant(blocks_0_add_1_slice_invariant, tp, 1)  # f32[2, 16, 32]  S(0)@dp I@tp   all_gather; backward slice
         blocks_1_norm1_weight = self.tensor("blocks.1.norm1.weight")                                      # f32[32]  I@dp I@tp
         blocks_1_norm1_weight_vary = vary(blocks_1_norm1_weight, dp)                                      # f32[32]  R@dp I@tp   identity; backward all_reduce
+        blocks_1_norm1_weight_vary_1 = vary(blocks_1_norm1_weight_vary, tp)                               # f32[32]  R@dp R@tp   identity; backward all_reduce
         blocks_1_norm1_bias = self.tensor("blocks.1.norm1.bias")                                          # f32[32]  I@dp I@tp
         blocks_1_norm1_bias_vary = vary(blocks_1_norm1_bias, dp)                                          # f32[32]  R@dp I@tp   identity; backward all_reduce
-        del blocks_0_add, blocks_0_mlp_drop_dropout, blocks_0_add_1
+        blocks_1_norm1_bias_vary_1 = vary(blocks_1_norm1_bias_vary, tp)                                   # f32[32]  R@dp R@tp   identity; backward all_reduce
+        del blocks_0_add, blocks_0_mlp_drop_dropout, blocks_0_add_1, blocks_1_norm1_weight_vary, blocks_1_norm1_bias_vary
         # ---- blocks.1.norm1 (LayerNorm)
         # gpt.py:64  x = x + self.attn(self.norm1(x))
-        blocks_1_norm1_layer_norm = aten.layer_norm.default(blocks_0_add_1_all_gather_invariant, [32], blocks_1_norm1_weight_vary, blocks_1_norm1_bias_vary, 1e-05, False)  # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_1_norm1_layer_norm_vary = vary(blocks_1_norm1_layer_norm, tp)                              # f32[2, 16, 32]  S(0)@dp R@tp   identity; backward all_reduce
+        blocks_1_norm1_layer_norm = aten.layer_norm.default(blocks_0_add_1_slice_invariant, [32], blocks_1_norm1_weight_vary_1, blocks_1_norm1_bias_vary_1, 1e-05, False)  # f32[2, 8, 32]  S(0)@dp S(1)@tp
+        blocks_1_norm1_layer_norm_all_gather = all_gather(blocks_1_norm1_layer_norm, tp, 1)               # f32[2, 16, 32]  S(0)@dp R@tp   all_gather; backward reduce_scatter
         blocks_1_attn_qkv_weight = self.tensor("blocks.1.attn.qkv.weight")                                # f32[48, 32]  I@dp S(0:3x32)@tp
         blocks_1_attn_qkv_weight_vary = vary(blocks_1_attn_qkv_weight, dp)                                # f32[48, 32]  R@dp S(0:3x32)@tp   identity; backward all_reduce
         blocks_1_attn_qkv_bias = self.tensor("blocks.1.attn.qkv.bias")                                    # f32[48]  I@dp S(0:3x32)@tp
         blocks_1_attn_qkv_bias_vary = vary(blocks_1_attn_qkv_bias, dp)                                    # f32[48]  R@dp S(0:3x32)@tp   identity; backward all_reduce
-        del blocks_0_add_1_all_gather_invariant, blocks_1_norm1_weight_vary, blocks_1_norm1_bias_vary, blocks_1_norm1_layer_norm
+        del blocks_1_norm1_weight_vary_1, blocks_1_norm1_bias_vary_1, blocks_1_norm1_layer_norm
         # ---- blocks.1.attn.qkv (Linear)
         # gpt.py:37  part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        blocks_1_attn_qkv_linear = aten.linear.default(blocks_1_norm1_layer_norm_vary, blocks_1_attn_qkv_weight_vary, blocks_1_attn_qkv_bias_vary)  # f32[2, 16, 48]  S(0)@dp S(2:3x32)@tp
-        del blocks_1_norm1_layer_norm_vary, blocks_1_attn_qkv_weight_vary, blocks_1_attn_qkv_bias_vary
+        blocks_1_attn_qkv_linear = aten.linear.default(blocks_1_norm1_layer_norm_all_gather, blocks_1_attn_qkv_weight_vary, blocks_1_attn_qkv_bias_vary)  # f32[2, 16, 48]  S(0)@dp S(2:3x32)@tp
+        del blocks_1_norm1_layer_norm_all_gather, blocks_1_attn_qkv_weight_vary, blocks_1_attn_qkv_bias_vary
         # ---- blocks.1.attn (Attention)
         blocks_1_attn_chunk = aten.chunk.default(blocks_1_attn_qkv_linear, 3, -1)                         # 3 x f32[2, 16, 16]  S(0)@dp S(2)@tp
         blocks_1_attn_getitem = blocks_1_attn_chunk[0]                                                    # f32[2, 16, 16]  S(0)@dp S(2)@tp
@@ -209,33 +212,34 @@ class Rank(Program):
         del blocks_1_attn_qkv_linear, blocks_1_attn_chunk, blocks_1_attn_getitem, blocks_1_attn_reshape, blocks_1_attn_getitem_1, blocks_1_attn_reshape_1, blocks_1_attn_getitem_2, blocks_1_attn_reshape_2, blocks_1_attn_transpose, blocks_1_attn_transpose_1, blocks_1_attn_transpose_2, blocks_1_attn_scaled_dot_product_attention, blocks_1_attn_transpose_3, blocks_1_attn_proj_bias_vary
         # ---- blocks.1.attn.proj (Linear)
         blocks_1_attn_proj_linear = aten.linear.default(blocks_1_attn_reshape_3, blocks_1_attn_proj_weight_vary, blocks_1_attn_proj_bias_keep_first_invariant)  # f32[2, 16, 32]  S(0)@dp P@tp
-        blocks_1_attn_proj_linear_all_reduce_invariant = all_reduce_invariant(blocks_1_attn_proj_linear, tp)  # f32[2, 16, 32]  S(0)@dp I@tp   all_reduce; backward identity
+        blocks_1_attn_proj_linear_reduce_scatter = reduce_scatter(blocks_1_attn_proj_linear, tp, 1)       # f32[2, 8, 32]  S(0)@dp S(1)@tp   reduce_scatter; backward all_gather
         del blocks_1_attn_reshape_3, blocks_1_attn_proj_weight_vary, blocks_1_attn_proj_bias_keep_first_invariant, blocks_1_attn_proj_linear
         # ---- blocks.1.attn.drop (Dropout)
-        blocks_1_attn_drop_dropout = aten.dropout.default(blocks_1_attn_proj_linear_all_reduce_invariant, 0.0, True)  # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_0_add_1_all_gather_invariant_1 = all_gather_invariant(blocks_0_add_1_slice_invariant, tp, 1)  # f32[2, 16, 32]  S(0)@dp I@tp   all_gather; backward slice
-        del blocks_1_attn_proj_linear_all_reduce_invariant, blocks_0_add_1_slice_invariant
+        blocks_1_attn_drop_dropout = aten.dropout.default(blocks_1_attn_proj_linear_reduce_scatter, 0.0, True)  # f32[2, 8, 32]  S(0)@dp S(1)@tp
+        del blocks_1_attn_proj_linear_reduce_scatter
         # ---- blocks.1 (Block)
         # gpt.py:64  x = x + self.attn(self.norm1(x))
-        blocks_1_add = blocks_0_add_1_all_gather_invariant_1 + blocks_1_attn_drop_dropout                 # f32[2, 16, 32]  S(0)@dp I@tp
+        blocks_1_add = blocks_0_add_1_slice_invariant + blocks_1_attn_drop_dropout                        # f32[2, 8, 32]  S(0)@dp S(1)@tp
         blocks_1_norm2_weight = self.tensor("blocks.1.norm2.weight")                                      # f32[32]  I@dp I@tp
         blocks_1_norm2_weight_vary = vary(blocks_1_norm2_weight, dp)                                      # f32[32]  R@dp I@tp   identity; backward all_reduce
+        blocks_1_norm2_weight_vary_1 = vary(blocks_1_norm2_weight_vary, tp)                               # f32[32]  R@dp R@tp   identity; backward all_reduce
         blocks_1_norm2_bias = self.tensor("blocks.1.norm2.bias")                                          # f32[32]  I@dp I@tp
         blocks_1_norm2_bias_vary = vary(blocks_1_norm2_bias, dp)                                          # f32[32]  R@dp I@tp   identity; backward all_reduce
-        del blocks_0_add_1_all_gather_invariant_1, blocks_1_attn_drop_dropout
+        blocks_1_norm2_bias_vary_1 = vary(blocks_1_norm2_bias_vary, tp)                                   # f32[32]  R@dp R@tp   identity; backward all_reduce
+        del blocks_0_add_1_slice_invariant, blocks_1_attn_drop_dropout, blocks_1_norm2_weight_vary, blocks_1_norm2_bias_vary
         # ---- blocks.1.norm2 (LayerNorm)
         # gpt.py:65  return x + self.mlp(self.norm2(x))
-        blocks_1_norm2_layer_norm = aten.layer_norm.default(blocks_1_add, [32], blocks_1_norm2_weight_vary, blocks_1_norm2_bias_vary, 1e-05, False)  # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_1_norm2_layer_norm_vary = vary(blocks_1_norm2_layer_norm, tp)                              # f32[2, 16, 32]  S(0)@dp R@tp   identity; backward all_reduce
+        blocks_1_norm2_layer_norm = aten.layer_norm.default(blocks_1_add, [32], blocks_1_norm2_weight_vary_1, blocks_1_norm2_bias_vary_1, 1e-05, False)  # f32[2, 8, 32]  S(0)@dp S(1)@tp
+        blocks_1_norm2_layer_norm_all_gather = all_gather(blocks_1_norm2_layer_norm, tp, 1)               # f32[2, 16, 32]  S(0)@dp R@tp   all_gather; backward reduce_scatter
         blocks_1_mlp_up_weight = self.tensor("blocks.1.mlp.up.weight")                                    # f32[64, 32]  I@dp S(0)@tp
         blocks_1_mlp_up_weight_vary = vary(blocks_1_mlp_up_weight, dp)                                    # f32[64, 32]  R@dp S(0)@tp   identity; backward all_reduce
         blocks_1_mlp_up_bias = self.tensor("blocks.1.mlp.up.bias")                                        # f32[64]  I@dp S(0)@tp
         blocks_1_mlp_up_bias_vary = vary(blocks_1_mlp_up_bias, dp)                                        # f32[64]  R@dp S(0)@tp   identity; backward all_reduce
-        del blocks_1_norm2_weight_vary, blocks_1_norm2_bias_vary, blocks_1_norm2_layer_norm
+        del blocks_1_norm2_weight_vary_1, blocks_1_norm2_bias_vary_1, blocks_1_norm2_layer_norm
         # ---- blocks.1.mlp.up (Linear)
         # gpt.py:52  return self.drop(self.down(F.gelu(self.up(x))))
-        blocks_1_mlp_up_linear = aten.linear.default(blocks_1_norm2_layer_norm_vary, blocks_1_mlp_up_weight_vary, blocks_1_mlp_up_bias_vary)  # f32[2, 16, 64]  S(0)@dp S(2)@tp
-        del blocks_1_norm2_layer_norm_vary, blocks_1_mlp_up_weight_vary, blocks_1_mlp_up_bias_vary
+        blocks_1_mlp_up_linear = aten.linear.default(blocks_1_norm2_layer_norm_all_gather, blocks_1_mlp_up_weight_vary, blocks_1_mlp_up_bias_vary)  # f32[2, 16, 64]  S(0)@dp S(2)@tp
+        del blocks_1_norm2_layer_norm_all_gather, blocks_1_mlp_up_weight_vary, blocks_1_mlp_up_bias_vary
         # ---- blocks.1.mlp (MLP)
         blocks_1_mlp_gelu = aten.gelu.default(blocks_1_mlp_up_linear)                                     # f32[2, 16, 64]  S(0)@dp S(2)@tp
         blocks_1_mlp_down_weight = self.tensor("blocks.1.mlp.down.weight")                                # f32[32, 64]  I@dp S(1)@tp
@@ -246,28 +250,29 @@ class Rank(Program):
         del blocks_1_mlp_up_linear, blocks_1_mlp_down_bias_vary
         # ---- blocks.1.mlp.down (Linear)
         blocks_1_mlp_down_linear = aten.linear.default(blocks_1_mlp_gelu, blocks_1_mlp_down_weight_vary, blocks_1_mlp_down_bias_keep_first_invariant)  # f32[2, 16, 32]  S(0)@dp P@tp
-        blocks_1_mlp_down_linear_all_reduce_invariant = all_reduce_invariant(blocks_1_mlp_down_linear, tp)  # f32[2, 16, 32]  S(0)@dp I@tp   all_reduce; backward identity
+        blocks_1_mlp_down_linear_reduce_scatter = reduce_scatter(blocks_1_mlp_down_linear, tp, 1)         # f32[2, 8, 32]  S(0)@dp S(1)@tp   reduce_scatter; backward all_gather
         del blocks_1_mlp_gelu, blocks_1_mlp_down_weight_vary, blocks_1_mlp_down_bias_keep_first_invariant, blocks_1_mlp_down_linear
         # ---- blocks.1.mlp.drop (Dropout)
-        blocks_1_mlp_drop_dropout = aten.dropout.default(blocks_1_mlp_down_linear_all_reduce_invariant, 0.0, True)  # f32[2, 16, 32]  S(0)@dp I@tp
-        del blocks_1_mlp_down_linear_all_reduce_invariant
+        blocks_1_mlp_drop_dropout = aten.dropout.default(blocks_1_mlp_down_linear_reduce_scatter, 0.0, True)  # f32[2, 8, 32]  S(0)@dp S(1)@tp
+        del blocks_1_mlp_down_linear_reduce_scatter
         # ---- blocks.1 (Block)
         # gpt.py:65  return x + self.mlp(self.norm2(x))
-        blocks_1_add_1 = blocks_1_add + blocks_1_mlp_drop_dropout                                         # f32[2, 16, 32]  S(0)@dp I@tp
-        blocks_1_add_1_slice_invariant = slice_invariant(blocks_1_add_1, tp, 1)                           # f32[2, 8, 32]  S(0)@dp S(1)@tp   slice; backward all_gather
-        blocks_1_add_1_all_gather_invariant = all_gather_invariant(blocks_1_add_1_slice_invariant, tp, 1)  # f32[2, 16, 32]  S(0)@dp I@tp   all_gather; backward slice
+        blocks_1_add_1 = blocks_1_add + blocks_1_mlp_drop_dropout                                         # f32[2, 8, 32]  S(0)@dp S(1)@tp
         norm_weight = self.tensor("norm.weight")                                                          # f32[32]  I@dp I@tp
         norm_weight_vary = vary(norm_weight, dp)                                                          # f32[32]  R@dp I@tp   identity; backward all_reduce
+        norm_weight_vary_1 = vary(norm_weight_vary, tp)                                                   # f32[32]  R@dp R@tp   identity; backward all_reduce
         norm_bias = self.tensor("norm.bias")                                                              # f32[32]  I@dp I@tp
         norm_bias_vary = vary(norm_bias, dp)                                                              # f32[32]  R@dp I@tp   identity; backward all_reduce
-        del blocks_1_add, blocks_1_mlp_drop_dropout, blocks_1_add_1, blocks_1_add_1_slice_invariant
+        norm_bias_vary_1 = vary(norm_bias_vary, tp)                                                       # f32[32]  R@dp R@tp   identity; backward all_reduce
+        del blocks_1_add, blocks_1_mlp_drop_dropout, norm_weight_vary, norm_bias_vary
         # ---- norm (LayerNorm)
         # gpt.py:97  logits: Tensor = self.head(self.norm(x))
-        norm_layer_norm = aten.layer_norm.default(blocks_1_add_1_all_gather_invariant, [32], norm_weight_vary, norm_bias_vary, 1e-05, False)  # f32[2, 16, 32]  S(0)@dp I@tp
-        del blocks_1_add_1_all_gather_invariant, norm_weight_vary, norm_bias_vary
+        norm_layer_norm = aten.layer_norm.default(blocks_1_add_1, [32], norm_weight_vary_1, norm_bias_vary_1, 1e-05, False)  # f32[2, 8, 32]  S(0)@dp S(1)@tp
+        norm_layer_norm_all_gather_invariant = all_gather_invariant(norm_layer_norm, tp, 1)               # f32[2, 16, 32]  S(0)@dp I@tp   all_gather; backward slice
+        del blocks_1_add_1, norm_weight_vary_1, norm_bias_vary_1, norm_layer_norm
         # ---- head (Linear)
-        head_linear = aten.linear.default(norm_layer_norm, head_weight_all_gather_invariant)              # f32[2, 16, 64]  S(0)@dp I@tp
-        del norm_layer_norm, head_weight_all_gather_invariant
+        head_linear = aten.linear.default(norm_layer_norm_all_gather_invariant, head_weight_all_gather_invariant)  # f32[2, 16, 64]  S(0)@dp I@tp
+        del norm_layer_norm_all_gather_invariant, head_weight_all_gather_invariant
         # ---- the model itself (GPT)
         # gpt.py:100  return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
         reshape = aten.reshape.default(head_linear, [-1, 64])                                             # f32[32, 64]  S(0)@dp I@tp
