@@ -161,8 +161,9 @@ def _is_strided_shard(layout: Layout, axis: int) -> bool:
 def leaving_layout(layout: Layout, value: TensorInfo, wants_whole: bool) -> Layout:
     """What leaves the program: whole, or (on request) split where it is split in a way that DTensor can say."""
     whole = I if value.needs_grad else R
-    kept = [p.is_split and bool(value.shape) and not wants_whole and (not p.segments or _is_strided_shard(layout, k)) for k, p in enumerate(layout)]
-    return tuple(p if is_kept else whole for p, is_kept in zip(layout, kept, strict=True))
+    if wants_whole or not value.shape:
+        return (whole,) * len(layout)
+    return tuple(p if p.is_split and (not p.segments or _is_strided_shard(layout, k)) else whole for k, p in enumerate(layout))
 
 
 def find_segmentations(program: Program) -> dict[int, list[tuple[int, ...]]]:

@@ -35,12 +35,7 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
     known = facts(node)
     if known.role == "output":
         for operand in tensor_operands(node):
-            if program.leaves_whole and any(p.is_split for p in facts(operand).layout):
-                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; whole results are promised"
-            if any(not (p.is_split or p == (I if facts(operand).needs_grad else R)) for p in facts(operand).layout):
-                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}; only whole (I) or split values may"
-            if not is_storable(facts(operand).layout):
-                yield f"{operand.name} leaves the program as {format_layout(facts(operand).layout, program.mesh)}, which DTensor cannot say"
+            yield from _leaving_faults(program, operand)
         return
     if len(known.layouts) != len(known.values):
         yield "has no layout"
@@ -51,10 +46,22 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
             return
         if not value.needs_grad and layout != without_gradient(layout):
             yield f"{format_layout(layout, program.mesh)} of a value without gradient; I is written R there"
-    if known.is_constant and (known.role in ("parameter", "input") or not all(facts(operand).is_constant for operand in node.all_input_nodes)):
+    depends = known.role in ("parameter", "input") or not all(facts(operand).is_constant for operand in node.all_input_nodes)
+    if known.is_constant and depends:
         yield "is called constant, and depends on a parameter or input"
     check_role = {"op": _op_faults, "conversion": _conversion_faults, "projection": _projection_faults}.get(known.role, _placeholder_faults)
     yield from check_role(program, node, known)
+
+
+def _leaving_faults(program: Program, operand: fx.Node) -> Iterator[str]:
+    layout, whole = facts(operand).layout, I if facts(operand).needs_grad else R
+    text = f"{operand.name} leaves the program as {format_layout(layout, program.mesh)}"
+    if any(not (p.is_split or p == whole) for p in layout):
+        yield f"{text}; only whole (I) or split values may"
+    if program.leaves_whole and any(p.is_split for p in layout):
+        yield f"{text}; whole results are promised"
+    if not is_storable(layout):
+        yield f"{text}, which DTensor cannot say"
 
 
 def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
@@ -108,7 +115,8 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     flows = carries_gradient(node)
     for k, value in enumerate(known.values):
         if value.needs_grad != (flows and value.dtype.is_floating_point):
-            yield f"output {k} claims a gradient that it does not have" if value.needs_grad else f"output {k} denies the gradient that its operands have"
+            claims = "claims a gradient that it does not have" if value.needs_grad else "denies the gradient that its operands have"
+            yield f"output {k} {claims}"
     rule, equation = bound_rule(node)
     proposals: dict[int, list[tuple[int, ...]]] = {}
     for layout in layouts:

@@ -43,7 +43,7 @@ def _checkpointable(tensor: DTensor) -> DTensor:
     if not any(isinstance(placement, _StridedShard) for placement in tensor.placements):
         return tensor
     with torch.no_grad():
-        result = tensor.detach()
+        result: Any = tensor.detach()
         local: Any = result.to_local()
     blocks = {tuple(run.global_start for run in block): block for block in _blocks(tensor)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Literal
 
 from autoshard.errors import PlacementError
@@ -109,7 +109,7 @@ def step_arguments(layout: Layout, step: Step, shape: Sequence[int], sizes: Sequ
     return () if not found else found[0] if found[0][1] else found[0][:1]
 
 
-@lru_cache(maxsize=None)
+@cache
 def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, ...], needs_grad: bool) -> tuple[tuple[Step, ...], ...]:
     """Sequences of steps from `src` to `dst`, each legal at every point; () inside means nothing to do.
 
@@ -123,7 +123,7 @@ def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, .
     if found or not differing:
         return tuple(found) or ((),)
     blocking = [axis for axis in range(len(src)) if src[axis].is_split]
-    detour = [(axis, R if dst[axis].is_split else dst[axis]) for axis in reversed(blocking)]
+    detour = [(axis, R) for axis in reversed(blocking)]
     rest = [(axis, dst[axis]) for axis in range(len(src)) if axis in differing or axis in blocking]
     route = _walk(src, [*detour, *rest], shape, sizes)
     return (route,) if route else ()

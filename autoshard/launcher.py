@@ -28,7 +28,7 @@ sys.path[:0] = [] if __package__ else [str(Path(__file__).parent)]
 if __package__:
     from autoshard import runtime
 else:
-    import autoshard_runtime as runtime
+    import autoshard_runtime as runtime  # type: ignore[import-not-found,no-redef]
 
 _DTYPES = {
     "f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
@@ -173,6 +173,7 @@ def describe(results: list[Any]) -> str:
 
 
 def main() -> None:
+    """Read the command line, start this rank, print what rank 0 sees of every step."""
     parser = argparse.ArgumentParser(description="Run the emitted program of this folder on the processes that torchrun starts.")
     parser.add_argument("--steps", type=int, default=3, help="how many forward and backward passes to run")
     parser.add_argument("--weights", help="a full state dict saved with torch.save; small seeded random values without it")

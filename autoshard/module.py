@@ -224,7 +224,8 @@ class ShardedModule(nn.Module):
         state.layouts = {name: tuple(I if p == R else p for p in layout) for name, layout in plan.parameter_layouts.items()}
         state.aliases = plan.program.aliases
         mesh = state.mesh
-        for name, parameter in self.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self.named_parameters())
+        for name, parameter in parameters:
             layout = self._layout(name)
             if all(p.is_whole for p in layout):
                 continue
@@ -248,8 +249,8 @@ class ShardedModule(nn.Module):
                 )
             for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
                 original.requires_grad_(parameter.requires_grad)
-            for module, original in zip(self.modules(), state.source.modules(), strict=True):
-                original.training = module.training
+            for mine, theirs in zip(self.modules(), state.source.modules(), strict=True):
+                theirs.training = mine.training
             plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves)
         except Exception as error:  # whatever stops one rank must stop the others too
             failure = error
@@ -344,7 +345,7 @@ class ShardedModule(nn.Module):
 
     def _tensor(self, name: str) -> torch.Tensor:
         owner = self.get_submodule(name.rpartition(".")[0])
-        found = owner._parameters.get(name.rpartition(".")[2])
+        found: torch.Tensor | None = owner._parameters.get(name.rpartition(".")[2])
         if found is None:
             found = owner._buffers.get(name.rpartition(".")[2])
         return local_of(found)  # type: ignore[arg-type]

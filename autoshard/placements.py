@@ -78,7 +78,7 @@ P, R, I = Placement("P"), Placement("R"), Placement("I")  # noqa: E741 - the the
 Layout = tuple[Placement, ...]
 
 
-def S(dim: int, segments: Sequence[int] = ()) -> Placement:  # noqa: N802 - the theory's own name
+def S(dim: int, segments: Sequence[int] = ()) -> Placement:
     """Split along `dim`; a single segment is a plain split."""
     return Placement("S", dim, tuple(segments) if len(segments) > 1 else ())
 

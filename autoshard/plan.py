@@ -186,9 +186,8 @@ class Plan:
         if given != self.mesh:
             raise PlanError(f"this plan is for mesh {self.mesh}, not {given}; plan again for that mesh")
         self.check_model(model)
-        settings = Settings(
-            hardware=self.hardware, inputs=self.inputs, outputs=self.outputs, constraints=dict(self.constraints), template=self.template
-        )
+        asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
+        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), **asked)
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)
         return sharded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,7 +98,9 @@ class Program:
     """One traced forward pass on a mesh.
 
     is_typed: conversions stand between all layouts, so the checker may judge. is_localized: ops are written for local
-    tensors. leaves_whole: results are promised whole on every rank. flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in (`baked`: as texts).
+    tensors. leaves_whole: results are promised whole on every rank.
+    flat_inputs: for every leaf of (args, kwargs), the name of its placeholder, or None for a constant that was baked in
+    (`baked`: as texts).
     outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
     parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
     names of those that ran. constants: values of tensors that the
@@ -144,7 +146,8 @@ _WITHOUT_GRADIENT = re.compile(r"aten\.(detach|zeros_like|ones_like|full_like|em
 
 def carries_gradient(node: fx.Node) -> bool:
     """Whether the floating point results of an op have a gradient: some operand has one, and the op passes it on."""
-    return any(facts(p).values[k].needs_grad for p, k in map(producer, tensor_operands(node))) and not _WITHOUT_GRADIENT.match(op_name(node))
+    has_one = any(facts(p).values[k].needs_grad for p, k in map(producer, tensor_operands(node)))
+    return has_one and not _WITHOUT_GRADIENT.match(op_name(node))
 
 
 def producer(node: fx.Node) -> tuple[fx.Node, int]:

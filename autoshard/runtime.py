@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the name every PyTorch user knows
+from torch.nn import functional as F
 
 Segments = tuple[int, ...]
 

@@ -134,7 +134,7 @@ class SearchSpace:
             searched = [user for user, _ in users if user in self.domains]
             if value in self.fixed:
                 continue
-            if self.pins_of(value) or len(users) > 1 and searched:
+            if self.pins_of(value) or (len(users) > 1 and searched):
                 self.supplies[value] = self._supplies(value)
 
     def _admitted(self, node: fx.Node, options: list[Candidate]) -> list[Candidate]:

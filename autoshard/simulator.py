@@ -53,7 +53,8 @@ def _operator(name: str) -> Callable:
     return lambda self, *args: Ranks.apply(lambda x, *a: getattr(torch.as_tensor(x), name)(*a), (self, *args), {})
 
 
-for _name in "add radd sub rsub mul rmul truediv rtruediv floordiv mod neg and or invert eq ne lt le gt ge".split():
+_ARITHMETIC = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod", "neg")
+for _name in (*_ARITHMETIC, "and", "or", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Ranks, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -92,7 +93,8 @@ class SimulatedAxis:
 
     def groups(self) -> list[list[int]]:
         """Ranks that differ on this axis alone, in the order of their coordinate."""
-        axis, found = self.mesh.index(self.name), {}
+        axis = self.mesh.index(self.name)
+        found: dict[tuple[int, ...], list[int]] = {}
         for rank, coordinate in enumerate(self.mesh.coordinates()):
             found.setdefault((*coordinate[:axis], *coordinate[axis + 1 :]), []).append(rank)
         return list(found.values())

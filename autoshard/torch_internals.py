@@ -14,7 +14,6 @@ from torch import nn
 # FakeTensor: tracing without memory, on the device where the program will run. If it moves: trace_model cannot start.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.utils import checkpoint as checkpoint_module
 
 # _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
 # cannot be stored; pin them to a plain split.
@@ -22,6 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint as checkpoint_module
 
 __all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "let_segments_be_read", "local_of", "pytree", "record_lost_backwards"]
 

@@ -88,7 +88,8 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
         found = [x.grad for x in simulation.leaves[own].values] if own in placed else [None]
         if parameter.grad is not None or any(grad is not None for grad in found):
             gradients[name] = _worst(parameter.grad, found, placed.get(own), plan.mesh)
-    buffers = {n: _worst(b, simulation.leaves[n].values, placed[n], plan.mesh) for n, b in reference.named_buffers() if n in placed and b.numel()}
+    named = {name: b for name, b in reference.named_buffers() if name in placed and b.numel()}
+    buffers = {name: _worst(b, simulation.leaves[name].values, placed[name], plan.mesh) for name, b in named.items()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return Verification(outputs, gradients, buffers, _TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance, is_random_off)
 

@@ -97,7 +97,7 @@ def _forward(program: Program) -> list[str]:
     dying: list[str] = []
     for node in program.nodes():
         known = facts(node)
-        if known.is_constant and node.op != "placeholder" or known.role in ("parameter", "input", "output"):
+        if (known.is_constant and node.op != "placeholder") or known.role in ("parameter", "input", "output"):
             continue
         if known.role == "buffer" and all(facts(user).is_constant for user in node.users):
             continue

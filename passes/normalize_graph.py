@@ -23,7 +23,14 @@ from autoshard.rules import RULES
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
-_CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.type_as.default", "aten.alias.default", "aten.lift_fresh_copy.default"}
+_CASTS = {
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.to.device",
+    "aten.type_as.default",
+    "aten.alias.default",
+    "aten.lift_fresh_copy.default",
+}
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *(rule.lowering.function for rule in RULES.values() if rule.lowering)}
 
@@ -73,11 +80,11 @@ class _Memory:
                     self.root[node] = self.memory_of(first)
             elif node.target is operator.getitem:
                 source, index = node.args
-                result = self.results[source][index] if source in self.results else None  # type: ignore[index]
+                result = self.results[source][index] if source in self.results else None
                 if isinstance(result, fx.Node):
                     self.same[node], self.root[node] = self.identity(result), self.memory_of(result)
                 elif source in self.root:
-                    self.root[node] = self.root[source]  # type: ignore[index]
+                    self.root[node] = self.root[source]
 
     def _read_region(self, node: fx.Node, owner: Any) -> None:
         sub = getattr(owner, str(node.args[1].target)).graph  # type: ignore[union-attr]
@@ -85,7 +92,7 @@ class _Memory:
         for inner, operand in zip(placeholders, node.args[2:], strict=True):
             self.same[inner], self.root[inner] = self.identity(operand), self.memory_of(operand)  # type: ignore[arg-type]
         self.read(sub, getattr(owner, str(node.args[1].target)), node)  # type: ignore[union-attr]
-        self.results[node] = list(next(iter(reversed(sub.nodes))).args[0])  # type: ignore[arg-type]
+        self.results[node] = list(next(iter(reversed(sub.nodes))).args[0])
 
     def identity(self, node: fx.Node) -> fx.Node:
         return self.same.get(node, node)
@@ -192,7 +199,9 @@ class _Writer:
 
     def _inline(self, node: fx.Node) -> None:
         if str(node.target) != "wrap_with_set_grad_enabled":
-            inside = (facts(sub).source for graph in map(self._map, node.args) if isinstance(graph, fx.GraphModule) for sub in graph.graph.nodes)
+            inside = (
+                facts(sub).source for graph in map(self._map, node.args) if isinstance(graph, fx.GraphModule) for sub in graph.graph.nodes
+            )
             place = next((source for source in (facts(node).source, *inside) if source.file), facts(node).source)
             raise TraceError(f"{node.target} at {place} is not supported: autocast regions and control flow cannot be partitioned yet")
         enabled, body, *operands = self._map(node.args)
@@ -248,11 +257,10 @@ def _drop_dead(program: Program) -> None:
     for node in reversed(list(program.graph.nodes)):
         role = facts(node).role
         is_alias = role == "parameter" and facts(node).name in program.aliases
-        if not node.users and (is_alias or role in ("projection", "buffer") or role == "op" and not _has_effect(node)):
+        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not _has_effect(node))):
             program.graph.erase_node(node)
 
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether an op without users still writes running statistics."""
     return str(node.target) == "aten.batch_norm.default"
-

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -205,8 +205,20 @@ def _dim(d: Draft, x: str) -> int:
 @op
 def pointwise(d: Draft) -> Any:
     x = d.pick()
-    unary = "torch.relu F.gelu F.silu torch.tanh torch.sigmoid torch.sin F.softplus torch.square torch.neg torch.abs F.leaky_relu torch.clone torch.erf"
-    form = d.choose([*(f"{f}({{}})" for f in unary.split()), "{} * 0.5", "{} + 1.0", "1 - {}", "{} / 3", "{}.clamp(-1.0, 1.5)", "-{}", "F.dropout({}, 0.0)", "{} ** 2"])
+    unary = "torch.relu F.gelu F.silu torch.tanh torch.sigmoid torch.sin F.softplus torch.square torch.neg torch.abs torch.clone torch.erf"
+    form = d.choose(
+        [
+            *(f"{f}({{}})" for f in unary.split()),
+            "{} * 0.5",
+            "{} + 1.0",
+            "1 - {}",
+            "{} / 3",
+            "{}.clamp(-1.0, 1.5)",
+            "-{}",
+            "F.dropout({}, 0.0)",
+            "{} ** 2",
+        ]
+    )
     return x and d.emit(form.format(x))
 
 
@@ -229,7 +241,9 @@ def binary(d: Draft) -> Any:
             return False
 
     y = d.pick(fits) or x
-    form = d.choose(["{} + {}", "{} - {}", "{} * {}", "{} / ({} ** 2 + 1)", "torch.maximum({}, {})", "torch.add({}, {}, alpha=0.5)", "0.5 * ({} + {})"])
+    form = d.choose(
+        ["{} + {}", "{} - {}", "{} * {}", "{} / ({} ** 2 + 1)", "torch.maximum({}, {})", "torch.add({}, {}, alpha=0.5)", "0.5 * ({} + {})"]
+    )
     return d.emit(form.format(x, y))
 
 
@@ -281,7 +295,10 @@ def matrix_product(d: Draft) -> Any:
     forms.append(f"{x} @ {d.parameter(shape[-1], n)}")
     if len(shape) == 2:
         forms += [f"torch.mm({x}, {d.parameter(shape[-1], n)})", f"torch.addmm({d.parameter(n)}, {x}, {d.parameter(shape[-1], n)})"]
-        forms += [f"torch.addmm({d.parameter(shape[0], n)}, {x}, {d.parameter(shape[-1], n)}, beta=0.5, alpha=2)", f"{d.parameter(n, shape[0])} @ {x}"]
+        forms += [
+            f"torch.addmm({d.parameter(shape[0], n)}, {x}, {d.parameter(shape[-1], n)}, beta=0.5, alpha=2)",
+            f"{d.parameter(n, shape[0])} @ {x}",
+        ]
         forms += [f"torch.mv({x}, {d.parameter(shape[1])})", f"{x} @ {d.parameter(shape[1])}"]
     if len(shape) == 3:
         forms += [f"torch.bmm({x}, {x}.transpose(1, 2))", f"torch.bmm({x}, {d.parameter(shape[0], shape[2], n)})"]
@@ -317,7 +334,13 @@ def attention(d: Draft) -> Any:
         for name, n in (("q", heads), ("k", groups), ("v", groups)):
             d.run(name, f"{name}.view({b}, {t}, {n}, {e}).transpose(1, 2)")
     y = _attend(d, t, heads != groups)
-    merged = d.choose([f"{y}.transpose(1, 2).reshape({b}, {t}, {c})", f"{y}.transpose(1, 2).flatten(2)", f"{y}.permute(0, 2, 1, 3).contiguous().view({b}, {t}, -1)"])
+    merged = d.choose(
+        [
+            f"{y}.transpose(1, 2).reshape({b}, {t}, {c})",
+            f"{y}.transpose(1, 2).flatten(2)",
+            f"{y}.permute(0, 2, 1, 3).contiguous().view({b}, {t}, -1)",
+        ]
+    )
     z = d.emit(merged)
     for name in "qkv":  # read by nothing else: a value that only attention reads is what models have
         del d.values[name]
@@ -397,7 +420,11 @@ def reshaped(d: Draft) -> Any:
     for part in (2, 3, 4):
         if shape[k] % part == 0 and shape[k] > part and len(shape) < 5:
             split = [*shape[:k], part, shape[k] // part, *shape[k + 1 :]]
-            options += [f"{x}.reshape({split})", f"{x}.unflatten({k}, ({part}, -1))", f"{x}.reshape({[-1 if j == k else n for j, n in enumerate(split)]})"]
+            options += [
+                f"{x}.reshape({split})",
+                f"{x}.unflatten({k}, ({part}, -1))",
+                f"{x}.reshape({[-1 if j == k else n for j, n in enumerate(split)]})",
+            ]
     if 1 in shape:
         options += [f"{x}.squeeze({shape.index(1)})", f"{x}.expand({[d.choose((2, 4, 3)) if n == 1 else -1 for n in shape]})"] * 2
     return d.emit(d.choose(options))
@@ -464,7 +491,11 @@ def embedding(d: Draft) -> Any:
     padding = ", padding_idx=1" if d.chance(20) else ""
     x = d.emit(f"F.embedding({ids}, {table}{padding})")
     if d.chance(40):
-        x = d.emit(f"{x} + F.embedding(torch.arange({d.shape(x)[-2]}), {d.parameter(12, width)})") if len(d.shape(x)) == 3 and d.shape(x)[-2] <= 12 else x
+        x = (
+            d.emit(f"{x} + F.embedding(torch.arange({d.shape(x)[-2]}), {d.parameter(12, width)})")
+            if len(d.shape(x)) == 3 and d.shape(x)[-2] <= 12
+            else x
+        )
     return d.emit(f"F.linear({x}, {table})") if d.chance(20) else x
 
 
@@ -511,10 +542,24 @@ def masked(d: Draft) -> Any:
         other = d.pick(fits, kind="int")
         made = [f"{x} > 0", f"{x}.detach() < 0.3"]
         made += [f"({other} % 2).bool()", f"{other} > 1"] if other else []
-        made += [f"torch.arange({shape[-1]}) < {max(shape[-1] // 2, 1)}", f"torch.tensor([True, False] * {shape[-1]})[:{shape[-1]}]"] if shape else []
+        made += (
+            [f"torch.arange({shape[-1]}) < {max(shape[-1] // 2, 1)}", f"torch.tensor([True, False] * {shape[-1]})[:{shape[-1]}]"]
+            if shape
+            else []
+        )
         mask = d.emit(d.choose(made))
     y = d.pick(lambda y: y.shape == d.shape(x)) or x
-    return d.emit(d.choose([f"{x}.masked_fill({mask}, 0.5)", f"torch.where({mask}, {x}, {y})", f"{x} * {mask}", f"torch.where({mask}, {x}, 0.0)", f"{x}.masked_fill(~{mask}, -2.0)"]))
+    return d.emit(
+        d.choose(
+            [
+                f"{x}.masked_fill({mask}, 0.5)",
+                f"torch.where({mask}, {x}, {y})",
+                f"{x} * {mask}",
+                f"torch.where({mask}, {x}, 0.0)",
+                f"{x}.masked_fill(~{mask}, -2.0)",
+            ]
+        )
+    )
 
 
 @op
@@ -547,7 +592,11 @@ def constant(d: Draft) -> Any:
     if x is None:
         return False
     n = d.shape(x)[-1]
-    forms = [f"{x} * torch.arange({n}, dtype=torch.float64) / {n}", f"{x} + torch.ones({n}, dtype=torch.float64)", f"{x} * torch.tensor(0.5, dtype=torch.float64)"]
+    forms = [
+        f"{x} * torch.arange({n}, dtype=torch.float64) / {n}",
+        f"{x} + torch.ones({n}, dtype=torch.float64)",
+        f"{x} * torch.tensor(0.5, dtype=torch.float64)",
+    ]
     return d.emit(d.choose([*forms, f"{x} - torch.zeros_like({x})", f"{x} + torch.linspace(0, 1, {n}, dtype=torch.float64).unsqueeze(0)"]))
 
 
@@ -590,7 +639,9 @@ def batch_norm(d: Draft) -> Any:
 @op
 def pool(d: Draft) -> Any:
     x = d.pick(lambda x: x.dim() == 4 and min(x.shape[-2:]) >= 2)
-    form = d.choose(["F.max_pool2d({}, 2)", "F.avg_pool2d({}, 2)", "F.adaptive_avg_pool2d({}, 1)", "F.adaptive_avg_pool2d({}, 1).flatten(1)"])
+    form = d.choose(
+        ["F.max_pool2d({}, 2)", "F.avg_pool2d({}, 2)", "F.adaptive_avg_pool2d({}, 1)", "F.adaptive_avg_pool2d({}, 1).flatten(1)"]
+    )
     return x and d.emit(form.format(x))
 
 
@@ -632,7 +683,13 @@ def _returns(d: Draft) -> str:
         names[0] = " + ".join(f"({n} ** 2).mean()" for n in [*unread[-4:], last])
     if len(names) == 1:
         return names[0] if d.chance(80) else f"{{'out': {names[0]}}}"
-    return d.choose([f"({', '.join(names)})", "{" + ", ".join(f"'{k}': {n}" for k, n in enumerate(names)) + "}", f"({names[0]}, {{'rest': [{', '.join(names[1:])}]}})"])
+    return d.choose(
+        [
+            f"({', '.join(names)})",
+            "{" + ", ".join(f"'{k}': {n}" for k, n in enumerate(names)) + "}",
+            f"({names[0]}, {{'rest': [{', '.join(names[1:])}]}})",
+        ]
+    )
 
 
 @st.composite

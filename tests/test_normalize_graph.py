@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_properties import Written, rows
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from training_oracle import Case
 
 from autoshard.errors import TraceError

@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from autoshard.candidates import is_storable
+from autoshard.candidates import is_storable, leaving_layout
 from autoshard.dtensors import torch_placements
+from autoshard.equation_builders import TensorInfo
 from autoshard.errors import PlacementError
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, P, Placement, R, S, format_layout, local_shape, parse_layout, shard, unshard
 
-MESHES = [MeshSpec(axes, shape) for axes, shape in ((("a",), (2,)), (("a",), (3,)), (("a", "b"), (2, 3)), (("a", "b"), (3, 2)), (("a", "b", "c"), (2, 2, 2)))]
+MESHES = [
+    MeshSpec(axes, shape)
+    for axes, shape in ((("a",), (2,)), (("a",), (3,)), (("a", "b"), (2, 3)), (("a", "b"), (3, 2)), (("a", "b", "c"), (2, 2, 2)))
+]
 
 
 @st.composite
@@ -129,6 +133,25 @@ def test_a_layout_names_every_axis_in_order() -> None:
 )
 def test_local_shape(shape: tuple, layout: Layout, sizes: tuple, wanted: tuple | None) -> None:
     assert local_shape(shape, layout, sizes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"),
+    [
+        ((S(0), I), (S(0), I)),
+        ((S(0), S(0)), (S(0), S(0))),
+        ((S(0, (12, 12)), P), (S(0, (12, 12)), I)),
+        ((S(0, (16, 8)), R), (I, I)),  # DTensor knows equal segments alone
+        ((S(0), S(0, (12, 12))), (S(0), I)),  # and none of a dim that another axis splits
+        ((S(0, (12, 12)), S(0, (12, 12))), (I, I)),
+        ((S(0, (12, 12)), S(1)), (S(0, (12, 12)), S(1))),
+    ],
+)
+def test_what_leaves_is_what_dtensor_can_say(made: Layout, wanted: Layout) -> None:
+    value = TensorInfo((24, 4), torch.float32, True)
+    assert leaving_layout(made, value, wants_whole=False) == wanted
+    assert is_storable(wanted)
+    assert leaving_layout(made, value, wants_whole=True) == (I, I)
 
 
 def test_a_single_segment_is_a_plain_split() -> None:

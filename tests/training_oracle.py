@@ -102,7 +102,13 @@ class Case:
         return cls(model, arguments, train_alone(copy.deepcopy(model), arguments), program)
 
     def plan(
-        self, mesh: str, seed: int | None, outputs: str = "whole", entries: Mapping[str, Layout] | None = None, is_scattered: bool = False, **options: Any
+        self,
+        mesh: str,
+        seed: int | None,
+        outputs: str = "whole",
+        entries: Mapping[str, Layout] | None = None,
+        is_scattered: bool = False,
+        **options: Any,
     ) -> Program:
         """The finished program of one plan. entries: how inputs are given, whole when not named; is_scattered: see ScatterShardings."""
         program, hardware, whole = fresh(self.traced, MeshSpec.of(mesh)), hardware_of("h100"), outputs == "whole"
@@ -129,12 +135,23 @@ class Case:
             for name, expected in gradients.items():
                 name = program.aliases.get(name, name)
                 if name in nodes:
-                    compare(f"gradient of {name} at step {number}", [x.grad for x in simulation.leaves[name].values], expected, nodes[name], mesh)
+                    compare(
+                        f"gradient of {name} at step {number}",
+                        [x.grad for x in simulation.leaves[name].values],
+                        expected,
+                        nodes[name],
+                        mesh,
+                    )
             for node in program.nodes("input"):
                 found = [x.grad for x in simulation.inputs[facts(node).name].values]
                 compare(f"gradient of input {node.name}", found, input_gradients[facts(node).name], node, mesh)
             held |= simulation.leaves
-            trained = [x for name in nodes if program.aliases.get(name, name) in kinds or name in program.aliases.values() for x in simulation.leaves[name].values]
+            trained = [
+                x
+                for name in nodes
+                if program.aliases.get(name, name) in kinds or name in program.aliases.values()
+                for x in simulation.leaves[name].values
+            ]
             if stepper is None:
                 stepper = optimizer([x for x in trained if x.requires_grad])
             if stepper is not None:
@@ -186,7 +203,9 @@ class ScatterShardings:
         ways += [(known.hub, want, known) for _, want, known in ways if known.hub is not None]
         whole = [tuple(I if v.needs_grad else R for _ in layout) for v, layout in zip(facts(node).values, candidate.outputs, strict=True)]
         leaves = zip(candidate.outputs, whole, facts(node).values, strict=True)
-        return all(costs.best_route(a, b, known.value) is not None for a, b, known in ways) and all(costs.best_route(a, b, v) is not None for a, b, v in leaves)
+        return all(costs.best_route(a, b, known.value) is not None for a, b, known in ways) and all(
+            costs.best_route(a, b, v) is not None for a, b, v in leaves
+        )
 
 
 def fresh(program: Program, mesh: MeshSpec) -> Program:
@@ -252,7 +271,9 @@ def compare(what: str, pieces: Sequence[Tensor | None], expected: Tensor | None,
     """Every rank's piece against its part of the global value."""
     has = [piece is not None for piece in pieces]
     assert all(has) or not any(has), f"{what}: only some ranks have one"
-    assert has[0] == (expected is not None), f"{what}: is {'there' if has[0] else 'None'} on the ranks and {'None' if has[0] else 'there'} on one device"
+    assert has[0] == (expected is not None), (
+        f"{what}: is {'there' if has[0] else 'None'} on the ranks and {'None' if has[0] else 'there'} on one device"
+    )
     if expected is None:
         return
     layout = facts(node).layout
@@ -260,6 +281,10 @@ def compare(what: str, pieces: Sequence[Tensor | None], expected: Tensor | None,
     for at, piece in zip(mesh.coordinates(), pieces, strict=True):
         want = shard(expected.detach(), layout, mesh, at)
         assert piece is not None
-        assert (piece.shape, piece.dtype) == (want.shape, want.dtype), f"{what} on {at}: {piece.dtype}{tuple(piece.shape)}, not {want.dtype}{tuple(want.shape)}"
+        assert (piece.shape, piece.dtype) == (want.shape, want.dtype), (
+            f"{what} on {at}: {piece.dtype}{tuple(piece.shape)}, not {want.dtype}{tuple(want.shape)}"
+        )
         error = float((piece.detach().double() - want.double()).abs().max()) if want.numel() else 0.0
-        assert error <= _RELATIVE * scale, f"{what} on rank {at} of {mesh} as {layout} is off by {error:.2g}, the largest value is {scale:.2g}"
+        assert error <= _RELATIVE * scale, (
+            f"{what} on rank {at} of {mesh} as {layout} is off by {error:.2g}, the largest value is {scale:.2g}"
+        )
