@@ -370,6 +370,7 @@ class Program:
         """Compute constants anew at the next step, after buffers or the device changed."""
         self._constants = None
 
+    @torch.compiler.disable  # seeds differ at every step: compiled in, each would be a new graph
     def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the random op `op` at place `site` of the program on a value that `axes` split."""
         with seeded(mix(self.seed(), site, *(number for axis in axes for number in (axis.size, axis.rank))), x.device):

@@ -12,7 +12,7 @@ Inputs, constants and what is computed from inputs alone are cheap and read ever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -311,10 +311,16 @@ def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program)
     for pin in pins:
         for axis, texts in enumerate(pin.allowed):
             for placement in (Placement.parse(text) for text in texts if text.startswith("S(")):
-                n = program.mesh.shape[axis]
-                length = value.shape[placement.dim] if placement.dim < len(value.shape) else 0
-                if length % n or not length:
-                    near = f"{max(length // n, 1) * n} or {(length // n + 1) * n}" if length else "a tensor with that dim"
-                    advice.append(f"dim {placement.dim} has size {length}, axis {program.mesh.axes[axis]} of {n} ranks needs a multiple of {n}: {near} would work")
+                advice += _size_advice(placement.dim, value.shape, program.mesh.axes[axis], program.mesh.shape[axis])
     reason = ". ".join(advice) or "Constraints on one value must agree, and dims must divide by the axes that split them; drop or change one"
     raise ConstraintError(f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. {reason}.")
+
+
+def _size_advice(dim: int, shape: Sequence[int], axis: str, n: int) -> list[str]:
+    """Why axis `axis` of `n` ranks cannot split `dim`, and which size it could; nothing where it can."""
+    if dim >= len(shape):
+        return [f"there is no dim {dim}, its dims are 0 to {len(shape) - 1}" if shape else f"there is no dim {dim}, it is a single number"]
+    if shape[dim] and shape[dim] % n == 0:
+        return []
+    near = f"{max(shape[dim] // n, 1) * n} or {(shape[dim] // n + 1) * n} would work"
+    return [f"dim {dim} has size {shape[dim]}, axis {axis} of {n} ranks needs a multiple of {n}: {near}"]

@@ -90,8 +90,13 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
             gradients[name] = _worst(parameter.grad, found, placed.get(own), plan.mesh)
     named = {name: b for name, b in reference.named_buffers() if name in placed and b.numel()}
     buffers = {name: _worst(b, simulation.leaves[name].values, placed[name], plan.mesh) for name, b in named.items()}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return Verification(outputs, gradients, buffers, _TOLERANCE.get(dtype, 1e-4) if tolerance is None else tolerance, is_random_off)
+    return Verification(outputs, gradients, buffers, _tolerance(plan.program) if tolerance is None else tolerance, is_random_off)
+
+
+def _tolerance(program: Program) -> float:
+    """That of the least precise dtype that the program computes in."""
+    dtypes = {value.dtype for node in program.nodes("op", "parameter") for value in facts(node).values if value.dtype.is_floating_point}
+    return max((_TOLERANCE.get(dtype, 1e-4) for dtype in dtypes), default=1e-9)
 
 
 def _worst(expected: torch.Tensor | None, pieces: Sequence[torch.Tensor | None], node: fx.Node | None, mesh: MeshSpec) -> float:

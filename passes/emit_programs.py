@@ -7,6 +7,8 @@ written to a directory is the text that runs in memory.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ def _header(program: Program, name: str) -> list[str]:
 def _tables(program: Program) -> list[str]:
     def table(title: str, *roles: Any) -> list[str]:
         rows = [
-            f'        "{facts(n).name}": ({list(facts(n).value.shape)}, "{short_dtype(facts(n).value.dtype)}", "{format_layout(facts(n).layout, program.mesh)}"),'
+            f'        {quoted(facts(n).name)}: ({list(facts(n).value.shape)}, "{short_dtype(facts(n).value.dtype)}", "{format_layout(facts(n).layout, program.mesh)}"),'
             for n in program.nodes(*roles)
         ]
         return [f"    {title} = {{", *rows, "    }"] if rows else [f"    {title} = {{}}"]
@@ -148,7 +150,7 @@ def _statement(program: Program, node: fx.Node) -> Iterator[str]:
 
 def _expression(node: fx.Node, known: Facts) -> str:
     if node.op == "placeholder":
-        return f'self.tensor("{known.name}")'
+        return f"self.tensor({quoted(known.name)})"
     args = [_value(value) for value in node.args]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
@@ -166,6 +168,11 @@ def _expression(node: fx.Node, known: Facts) -> str:
     return f"{name}({', '.join([*args, *keywords])})"
 
 
+def quoted(name: str) -> str:
+    """A name as a string literal, in double quotes."""
+    return json.dumps(name)
+
+
 def _axes(names: tuple[str, ...]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
@@ -178,6 +185,6 @@ def _value(value: Any) -> str:
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, torch.device):
         return "self.device"
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
