@@ -114,8 +114,11 @@ class ShardedModule(nn.Module):
     def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], _Ready]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         state = self._state
-        modes = tuple(module.training for module in self.modules())
-        key = (str(spec), tuple(_leaf_key(leaf) for leaf in leaves), modes, tuple(p.requires_grad for p in self.parameters()))
+        if not state.slots:
+            state.members, state.slots = tuple(self.modules()), _slots(self)
+        modes = tuple([module.training for module in state.members])
+        trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
+        key = (str(spec), tuple([_leaf_key(leaf) for leaf in leaves]), modes, trained)
         if key not in state.ready:
             state.ready[key] = self._prepare(args, kwargs, leaves)
         return leaves, state.ready[key]
@@ -344,11 +347,8 @@ class ShardedModule(nn.Module):
         return tuple(runtime.Axis(name, size, rank, state.mesh.get_group(name).group_name) for name, size, rank in axes)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        owner = self.get_submodule(name.rpartition(".")[0])
-        found: torch.Tensor | None = owner._parameters.get(name.rpartition(".")[2])
-        if found is None:
-            found = owner._buffers.get(name.rpartition(".")[2])
-        return local_of(found)  # type: ignore[arg-type]
+        owner, leaf = self._state.slots[name]
+        return local_of(owner[leaf])
 
 
 @dataclass
@@ -364,6 +364,8 @@ class _State:
     plan: Plan | None = None
     layouts: dict[str, Layout] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
+    members: tuple[nn.Module, ...] = ()
+    slots: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # name -> the dict that holds the tensor, its key
     base_seed: int | None = None
     step: int = 0
 
@@ -467,3 +469,14 @@ def _leaf_key(leaf: Any) -> Any:
 
 def _described(tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+def _slots(root: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where every parameter and buffer is held, by name: looked up at every step, so not through nn.Module."""
+    return {
+        f"{path}.{name}" if path else name: (held, name)
+        for path, module in root.named_modules(remove_duplicate=False)
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }

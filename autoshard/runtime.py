@@ -304,7 +304,7 @@ def cross_entropy(
     wanted = torch.where(valid, target, 0) - position(class_axes) * classes
     here = (wanted >= 0) & (wanted < classes)
     index = torch.where(here, wanted, 0)
-    share = torch.ones_like(log_z) if weight is None else _total(torch.where(here, weight[index], 0.0), class_axes)
+    share = torch.ones_like(log_z) if weight is None else _total(torch.where(here, torch.take(weight, index), 0.0), class_axes)
     picked = _total(torch.where(here, shifted.gather(dim, index.unsqueeze(dim)).squeeze(dim), 0.0), class_axes)
     loss = (log_z - picked) * share
     if label_smoothing:
