@@ -20,6 +20,7 @@ _ADVICE = {
     "values of arguments": "Plain tensors are the global batch, the same on every rank: seed the data loader alike, "
     "or pass inputs='local' when each rank loads its own part of the batch.",
     "shapes of arguments": "Plain tensors are the global batch, the same on every rank.",
+    "values of parameters": "Build the model with the same seed, or load the same weights, on every rank before autoshard.compile.",
     "mode": "Call train() or eval() on every rank.",
     "versions": "Install one version everywhere.",
     "program": "Build the model, its configuration and the arguments of autoshard.compile alike on every rank.",
@@ -42,6 +43,8 @@ def agree(exchange: Exchange, mine: Mapping[str, str], failure: Exception | None
     for what in mine:
         groups: dict[str, list[int]] = {}
         for rank, other in enumerate(everyone):
+            if " of part" in what and what not in other:
+                continue  # another part of the batch
             groups.setdefault(other.get(what, "nothing (they run another program)"), []).append(rank)
         if len(groups) > 1:
             texts = [other["text"] for other in exchange({"text": text})] if what == "program" else []
@@ -57,10 +60,16 @@ def _disagreement(what: str, groups: Mapping[str, list[int]], texts: Sequence[st
         telling = (pair for pair in pairs if pair[0] != pair[1] and not pair[0].startswith("from "))  # imports only follow from the rest
         different = next(telling, ("other arguments",) * 2)
         shown = "; ".join(f"rank {rank} has `{line.strip()}`" for rank, line in zip(ranks, different, strict=True))
-    return f"ranks disagree on the {what}, stopped before the first step: {shown}. {_ADVICE[what]}"
+    return f"ranks disagree on the {what}, stopped before the first step: {shown}. {_ADVICE[what.partition(' of part')[0]]}"
 
 
 def content(tensor: torch.Tensor) -> str:
     """Digest of a tensor's values."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def sample(tensor: torch.Tensor, count: int = 4096) -> str:
+    """Digest of about `count` numbers spread over a tensor."""
+    flat = tensor.detach().flatten()
+    return content(flat[:: max(1, flat.numel() // count)])

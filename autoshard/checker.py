@@ -18,7 +18,7 @@ from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replac
 from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
-from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, facts, op_of, producer, tensor_operands
+from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, draws_random, facts, op_of, producer, tensor_operands
 from autoshard.rules import Rule
 
 
@@ -151,6 +151,8 @@ def _mismatch(program: Program, node: fx.Node, axis: int, actual: tuple[Placemen
 def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | None, factors: tuple[str, ...]) -> Iterator[str]:
     """Whether the node is rewritten for local tensors as its strategies ask."""
     if rule is None:
+        if known.random_axes != (() if draws_random(node) else None):
+            yield f"draws random numbers on axes {known.random_axes}, but is computed whole"
         return
     axes = lowered_axes(rule, factors, program.mesh.axes)
     given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}

@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,17 +22,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from autoshard import runtime
-from autoshard.agreement import agree, content
+from autoshard.agreement import agree, content, sample
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
 from autoshard.equation_builders import TensorInfo
-from autoshard.errors import InputError, MeshError, PlanError
+from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
+from autoshard.plan_file import digest
 from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
-from autoshard.program import Facts, facts
-from autoshard.torch_internals import let_segments_be_read, local_of, pytree
+from autoshard.program import Facts, baked_values, facts
+from autoshard.torch_internals import is_in_backward, let_segments_be_read, local_of, pytree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -120,7 +121,8 @@ class ShardedModule(nn.Module):
         trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
         key = (str(spec), tuple([_leaf_key(leaf) for leaf in leaves]), modes, trained)
         if key not in state.ready:
-            state.ready[key] = self._prepare(args, kwargs, leaves)
+            with torch.inference_mode(False):  # what is made now serves training later
+                state.ready[key] = self._prepare(args, kwargs, leaves)
         return leaves, state.ready[key]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -264,6 +266,7 @@ class ShardedModule(nn.Module):
                 "versions": f"torch {torch.__version__}",
                 "shapes of arguments": shapes,
                 "program": plan.fingerprint if plan else "",
+                "values of parameters": "" if state.layouts or plan is None else self._values(plan),
             },
             failure,
             plan.program.source if plan else "",
@@ -271,6 +274,11 @@ class ShardedModule(nn.Module):
         assert plan is not None
         self._shard_parameters(plan)
         return _Ready(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), state)
+
+    def _values(self, plan: Plan) -> str:
+        """Digest of parameters, buffers and constants, of some thousand numbers of each."""
+        tensors = [*self.parameters(), *self.buffers(), *plan.program.constants.values()]
+        return digest([sample(local_of(tensor)) for tensor in tensors if not tensor.is_meta])[:12]
 
     def _plan(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Plan:
         state = self._state
@@ -294,7 +302,7 @@ class ShardedModule(nn.Module):
         program = plan.program
         if program.is_training != self.training or str(program.in_spec) != str(pytree.tree_structure((args, kwargs))):
             return False
-        if program.baked != tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)):
+        if program.baked != baked_values(leaves, self):
             return False
         trained = {name: parameter.requires_grad for name, parameter in self.named_parameters(remove_duplicate=False)}
         if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
@@ -328,13 +336,15 @@ class ShardedModule(nn.Module):
                 f"{without_memory[0]} and {len(without_memory) - 1} more are on the meta device; call materialize before the first step"
             )
         for leaf in leaves:
-            if isinstance(leaf, DTensor) and MeshSpec.of(leaf.device_mesh) != self._state.spec:
-                failure = InputError(f"a DTensor argument lies on mesh {MeshSpec.of(leaf.device_mesh)}, the model on {self._state.spec}")
+            if isinstance(leaf, DTensor) and leaf.device_mesh != self._state.mesh:
+                failure = InputError(f"a DTensor argument lies on {leaf.device_mesh}, the model on {self._state.mesh}")
             if isinstance(leaf, torch.Tensor) and leaf.device.type != self._state.device.type:
                 failure = InputError(f"an argument is on {leaf.device}, the model on {self._state.device}; move it there first")
         plain = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor)]
-        is_global = self._state.settings.inputs == "global"
-        self._agree({"values of arguments": str([content(leaf) for leaf in plain]) if is_global and failure is None else ""}, failure)
+        is_local = self._state.settings.inputs == "local"
+        parts = [self._state.coordinate[self._state.spec.index(axis)] for axis in batch_axes(self._state.spec)] if is_local else []
+        values = str([content(leaf) for leaf in plain]) if failure is None else ""
+        self._agree({f"values of arguments{' of part ' + str(parts) if parts else ''}": values}, failure)
 
     def _agree(self, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> None:
         everyone = agree(self._state.exchange, mine, failure, text)
@@ -375,9 +385,18 @@ class _State:
         self.device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
         self.coordinate = tuple(self.mesh.get_coordinate() or ())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        """A copied model keeps its layouts and runs on its own tensors."""
+        return replace(self, source=copy.deepcopy(self.source, memo), ready={}, adopted=[], members=(), slots={})
+
     @torch.compiler.disable
     def advance(self) -> None:
         """Random ops draw anew at the next step; out of torch.compile's sight, which would compile every step anew."""
+        if is_in_backward():
+            raise AutoshardError(
+                "a compiled model with dropout cannot be recomputed by torch.utils.checkpoint from outside: the masks would differ. "
+                "Checkpoint around models without random ops, or set their dropout to 0."
+            )
         self.step += 1
 
     def next_seed(self) -> int:
@@ -407,9 +426,14 @@ class _Ready:
         self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
         self.as_dtensors = plan.outputs == "dtensor"
         self.is_checked = False
+        self.watched = [name for name in _constant_buffers(plan) if name not in plan.program.constants]
+        self.seen: list[tuple[int, int]] = []
+        self.state = state
         self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
 
     def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
+        if self.watched:
+            self._watch()
         given = [leaves[k] for k in self.takes]
         results = self.program.forward(*map(local_of, given))
         if self.as_dtensors:
@@ -418,6 +442,14 @@ class _Ready:
                 for x, known in zip(results, self.results, strict=True)
             ]
         return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
+
+    def _watch(self) -> None:
+        """Compute constants anew when a buffer that they were made from was written."""
+        buffers = [self.state.slots[name][0][self.state.slots[name][1]] for name in self.watched]
+        now = [(id(buffer), -1 if buffer.is_inference() else buffer._version) for buffer in buffers]
+        if now != self.seen:
+            self.program.forget_constants()
+            self.seen = now
 
     @staticmethod
     def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh) -> DTensor:
@@ -459,6 +491,12 @@ def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
         raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
     if spec.size > dist.get_world_size():
         raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
+
+
+def _constant_buffers(plan: Plan) -> list[str]:
+    """Buffers from which the program computes constants once."""
+    nodes = (node for node in plan.program.nodes("buffer") if any(facts(user).is_constant for user in node.users))
+    return [facts(node).name for node in nodes]
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from autoshard.equation_builders import Call, TensorInfo
 from autoshard.equations import Strategy
@@ -148,6 +148,17 @@ def carries_gradient(node: fx.Node) -> bool:
     """Whether the floating point results of an op have a gradient: some operand has one, and the op passes it on."""
     has_one = any(facts(p).values[k].needs_grad for p, k in map(producer, tensor_operands(node)))
     return has_one and not _WITHOUT_GRADIENT.match(op_name(node))
+
+
+def baked_values(leaves: Sequence[Any], model: nn.Module) -> tuple[str, ...]:
+    """What a trace bakes in besides shapes: arguments that are no tensors, and which modules train."""
+    modes = "".join("t" if module.training else "e" for module in model.modules())
+    return (*(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)), f"modes {modes}")
+
+
+def draws_random(node: fx.Node) -> bool:
+    """Whether torch says that the op draws random numbers, whatever its arguments."""
+    return torch.Tag.nondeterministic_seeded in getattr(op_of(node), "tags", ())
 
 
 def producer(node: fx.Node) -> tuple[fx.Node, int]:

@@ -68,13 +68,13 @@ class Axis(NamedTuple):
 class _Convert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
-        ctx.axis, ctx.backward_collective = axis, backward
+        ctx.axis, ctx.forward_collective, ctx.backward_collective = axis, forward, backward
         result = run(forward, x, axis)
         return result.view_as(result) if result is x else result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return run(ctx.backward_collective, grad, ctx.axis), None, None, None
+        return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None
 
 
 def cut(x: Tensor, dim: int, segments: Sequence[int], parts: int) -> list[Tensor]:
@@ -221,6 +221,7 @@ def embedding(
         raise NotImplementedError("an embedding with scale_grad_by_freq or sparse=True cannot split its rows; pin its weight to I")
     rows = weight.shape[0]
     local = indices - position(row_axes) * rows
+    torch._assert_async(((indices >= 0) & (indices < rows * _count(row_axes))).all(), "index out of range of the embedding")
     here = (local >= 0) & (local < rows)
     index = torch.where(here, local, 0)
     found = F.embedding(index, weight)
@@ -293,14 +294,17 @@ def cross_entropy(
     logits: (N, C, ...) or (C), target: (N, ...) or () of class numbers, weight: (C). The loss of each sample is whole on
     every rank of class_axes (I); the sum or mean over samples is a term on batch_axes (P).
     """
-    dim = 1 if logits.dim() > 1 else 0
+    dim, dtype = 1 if logits.dim() > 1 else 0, logits.dtype
     classes = logits.shape[dim]
+    logits = logits.float() if dtype in (torch.float16, torch.bfloat16) else logits  # sums over classes, as the fused op makes them
     top = logits.detach().amax(dim, keepdim=True)
     for axis in class_axes:
         top = axis.maximum(top)
     shifted = logits - top
     log_z = torch.log(_total(shifted.exp().sum(dim), class_axes))
     valid = target != ignore_index
+    known = (target >= 0) & (target < classes * _count(class_axes))
+    torch._assert_async((known | ~valid).all(), "cross entropy target out of range")
     wanted = torch.where(valid, target, 0) - position(class_axes) * classes
     here = (wanted >= 0) & (wanted < classes)
     index = torch.where(here, wanted, 0)
@@ -314,11 +318,12 @@ def cross_entropy(
         everywhere = log_z * shares - _total(each.sum(dim), class_axes)  # log_z is I: it must not be used per class
         loss = (1 - label_smoothing) * loss + label_smoothing / count * everywhere
     loss = torch.where(valid, loss, 0.0)
-    if reduction == 0:
-        return loss
-    if reduction == 2:
-        return loss.sum()
-    return loss.sum() / _total(torch.where(valid, share, 0.0).sum().detach(), batch_axes)
+    if reduction == 1:
+        loss = loss.sum() / _total(torch.where(valid, share, 0.0).sum().detach(), batch_axes)
+    elif reduction == 2:
+        loss = loss.sum()
+    is_autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
+    return loss if is_autocast else loss.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ programs at work
@@ -362,7 +367,7 @@ class Program:
 
     def constant(self, name: str) -> Tensor:
         if self._constants is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._constants = self.constants()
         return self._constants[name]
 
@@ -371,7 +376,7 @@ class Program:
         self._constants = None
 
     @torch.compiler.disable  # seeds differ at every step: compiled in, each would be a new graph
-    def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Run the random op `op` at place `site` of the program on a value that `axes` split."""
-        with seeded(mix(self.seed(), site, *(number for axis in axes for number in (axis.size, axis.rank))), x.device):
-            return op(x, *args, **kwargs)
+        with seeded(mix(self.seed(), site, *(number for axis in axes for number in (axis.size, axis.rank))), self.device):
+            return op(*args, **kwargs)

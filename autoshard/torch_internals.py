@@ -13,6 +13,7 @@ from torch import nn
 
 # FakeTensor: tracing without memory, on the device where the program will run. If it moves: trace_model cannot start.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 # _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
@@ -23,7 +24,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
-__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "let_segments_be_read", "local_of", "pytree", "record_lost_backwards"]
+__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "is_in_backward", "let_segments_be_read", "local_of", "pytree", "record_lost_backwards"]
 
 
 def fake_mode() -> FakeTensorMode:
@@ -67,13 +68,30 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
         found("checkpoint", where())
         return inner(*args, **kwargs)
 
+    def recording_hook(tensor: Any, hook: Any) -> Any:
+        found("Tensor.register_hook", where())
+        return register_hook(tensor, hook)
+
+    def recording_grad(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("create_graph"):
+            found("torch.autograd.grad", where())
+        return autograd_grad(*args, **kwargs)
+
+    register_hook, autograd_grad = torch.Tensor.register_hook, torch.autograd.grad
+    torch.Tensor.register_hook, torch.autograd.grad = recording_hook, recording_grad  # type: ignore[method-assign,assignment]
     torch.autograd.Function.apply = classmethod(recording_apply)  # type: ignore[method-assign,assignment]
     checkpoint_module._checkpoint_without_reentrant_generator = recording_inner
     try:
         yield
     finally:
+        torch.Tensor.register_hook, torch.autograd.grad = register_hook, autograd_grad  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         checkpoint_module._checkpoint_without_reentrant_generator = inner
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is running a backward pass now. Private: torch._C._current_graph_task_id; nothing public tells."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Local(torch.autograd.Function):
@@ -91,6 +109,7 @@ class _Local(torch.autograd.Function):
         return parameter._local_tensor.view_as(parameter._local_tensor)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> DTensor:  # type: ignore[override]
         if grad._use_count() > 1 or not grad.is_contiguous():
             grad = grad.clone(memory_format=torch.contiguous_format)

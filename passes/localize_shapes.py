@@ -15,7 +15,7 @@ from autoshard import runtime
 from autoshard.candidates import base, bound_rule, lowered_axes
 from autoshard.equations import Equation
 from autoshard.placements import local_shape
-from autoshard.program import Program, arguments, call_of, facts, set_argument
+from autoshard.program import Program, arguments, call_of, draws_random, facts, set_argument
 from autoshard.rules import Rule
 
 
@@ -27,6 +27,9 @@ class LocalizeShapes:
         site = 0
         for node in program.nodes("op"):
             rule, equation = bound_rule(node)
+            if draws_random(node) and equation is None:
+                site += 1
+                facts(node).site, facts(node).random_axes = site, ()  # computed whole: the same numbers on every rank
             if rule is None or equation is None:
                 continue
             if rule.is_random(call_of(node)):

@@ -194,6 +194,10 @@ class _Writer:
         if what:
             raise TraceError(f"{what}, at {facts(node).source}; write the model without this in-place op")
         self.env[written] = args[1] if is_copy else self._call(functional, args, kwargs, facts(node))
+        dtypes = {facts(operand).value.dtype for operand in node.all_input_nodes}
+        if not is_copy and len(dtypes) > 1:  # in place the result keeps its dtype, out of place it may be promoted
+            dtype = facts(node).value.dtype
+            self.env[written] = self._call(aten.to.dtype, (self.env[written], dtype), {}, facts(node))
         if role == "buffer":
             self.updates[root] = self.env[written]
 

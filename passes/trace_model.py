@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
 from autoshard.placements import Layout
-from autoshard.program import Facts, Program, Source, facts, set_facts
+from autoshard.program import Facts, Program, Source, baked_values, facts, set_facts
 from autoshard.torch_internals import fake_copy, fake_like, fake_mode, pytree, record_lost_backwards
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n\s*(?P<text>.*)')
@@ -59,12 +59,15 @@ class TraceModel:
 
     def _export(self, model: nn.Module, args: tuple, kwargs: dict, program: Program) -> Any:
         lost: list[tuple[str, str]] = []
+        _refuse_hooks(self.model)
         try:
             with record_lost_backwards(lambda kind, where: lost.append((kind, where))):
                 exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
             raise TraceError(_explain(error, self.model)) from error
         for kind, where in dict.fromkeys(lost):
+            if kind in ("Tensor.register_hook", "torch.autograd.grad"):
+                raise TraceError(f"{kind} at {where}: tracing would lose it, and gradients would be wrong; change the model there")
             if kind != "checkpoint":
                 raise TraceError(
                     f"custom autograd.Function {kind} at {where}: tracing keeps its forward and would lose its backward. "
@@ -72,6 +75,16 @@ class TraceModel:
                 )
             program.note(f"activation checkpointing at {where} is not kept: its activations stay in memory until backward")
         return exported
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    """Hooks on gradients are no part of a trace."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise TraceError(f"module {name or 'the model itself'} has a backward hook, which tracing would lose; remove it before compiling")
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise TraceError(f"parameter {name} has a hook, which the compiled model would lose; register it on the compiled model's parameter")
 
 
 def _explain(error: Exception, model: nn.Module) -> str:
@@ -111,7 +124,7 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
     program.flat_inputs = tuple(
         node.name if isinstance(leaf, torch.Tensor) else None for node, leaf in zip(user_inputs, leaves, strict=True)
     )
-    program.baked = tuple(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor))
+    program.baked = baked_values(leaves, model)
     grads = {node.name: wanted for node, wanted in zip(user_inputs, wants_grad, strict=True)}
     bodies = [sub.graph for sub in exported.graph_module.modules() if isinstance(sub, fx.GraphModule)]
     for node in (node for graph in bodies for node in graph.nodes):

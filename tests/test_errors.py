@@ -292,7 +292,8 @@ def errors_on_ranks() -> dict[str, str]:
     rank = torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
 
-    def compiled(model: nn.Module | None = None, **keywords: Any) -> nn.Module:
+    def compiled(model: nn.Module | None = None, seed: int = 0, **keywords: Any) -> nn.Module:
+        torch.manual_seed(seed)
         return autoshard.compile(model or MLP(), mesh, **keywords)
 
     def different_modes() -> Any:
@@ -305,6 +306,7 @@ def errors_on_ranks() -> dict[str, str]:
         "pp": caught(lambda: autoshard.compile(MLP(), init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)))),
         "part of the world": caught(lambda: autoshard.compile(MLP(), DeviceMesh("cpu", [1], mesh_dim_names=("dp",)))) if rank == 0 else "",
         "values": caught(lambda: compiled()(torch.full((4, 8), float(rank)))),
+        "weights": caught(lambda: compiled(seed=rank)(torch.zeros(4, 8))),
         "shapes": caught(lambda: compiled()(torch.zeros(4 + 2 * rank, 8))),
         "modes": caught(different_modes),
         "models": caught(lambda: compiled(MLP(8) if rank == 0 else nn.Sequential(MLP()))(torch.zeros(4, 8))),
@@ -351,6 +353,8 @@ ON_BOTH = {
     "pp": "MeshError: the axis 'pp' is reserved for pipeline stages",
     "values": "InputError: ranks disagree on the values of arguments, stopped before the first step: ranks 0 have \n; ranks 1 have \n"
     "seed the data loader alike, or pass inputs='local' when each rank loads its own part",
+    "weights": "InputError: ranks disagree on the values of parameters, stopped before the first step: ranks 0 have \n; ranks 1 have \n"
+    "Build the model with the same seed, or load the same weights, on every rank before autoshard.compile.",
     "shapes": "InputError: ranks disagree on the shapes of arguments, stopped before the first step: "
     "ranks 0 have [(4, 8)]; ranks 1 have [(6, 8)].",
     "modes": "InputError: ranks disagree on the mode, stopped before the first step: "
