@@ -62,7 +62,8 @@ class CandidateTable:
             options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
             layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
             self._known[key] = [
-                Candidate((), (), (layout,), self.costs.parameter_s(value, layout), 4.0 * self.costs.local_bytes(value, layout)) for layout in layouts
+                Candidate((), (), (layout,), self.costs.parameter_s(value, layout), 4.0 * self.costs.local_bytes(value, layout))
+                for layout in layouts
             ]
         return self._known[key]
 
@@ -88,12 +89,13 @@ class CandidateTable:
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes)) + self._inside_s(call, rule, joint, inputs)
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes)) + self._inside_s(
+                call, rule, joint, inputs
+            )
             kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
                 best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
         return list(best.values())
-
 
     def _inside_s(self, call: Call, rule: Rule | None, joint: Sequence[Strategy], inputs: Sequence[Layout]) -> float:
         """Seconds of what the op's lowering sends under this strategy."""
@@ -194,5 +196,3 @@ def _products(equation: Equation, dim: tuple[str, ...], is_leading: bool) -> Ite
         before *= equation.sizes[factor]
         if 1 < before <= (_MOST_SEGMENTS if is_leading else _FEW_SEGMENTS):
             yield (total // before,) * before
-
-

@@ -79,7 +79,11 @@ def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterat
 
 def _projection_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     source, index = producer(node)
-    if node.target is not operator.getitem or known.values != (facts(source).values[index],) or known.layout != facts(source).layouts[index]:
+    if (
+        node.target is not operator.getitem
+        or known.values != (facts(source).values[index],)
+        or known.layout != facts(source).layouts[index]
+    ):
         yield f"is not output {index} of {source.name}"
 
 
@@ -127,7 +131,9 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     for axis, n in enumerate(program.mesh.shape):
         call, actual = call_of(node), tuple(layout[axis] for layout in layouts)
         allowed = (
-            [whole_strategy(call, R), whole_strategy(call, I)] if equation is None else [settle(s, rule) for s in strategies(equation, n, proposals)]
+            [whole_strategy(call, R), whole_strategy(call, I)]
+            if equation is None
+            else [settle(s, rule) for s in strategies(equation, n, proposals)]
         )
         matching = [s for s in allowed if tuple(x[0] for x in layouts_of((s,), values, len(operands))) == actual]
         if not matching:
@@ -176,4 +182,3 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
         is_right = given_sizes == (pieces[0] if isinstance(given_sizes, int) else pieces)
         if not is_right and not (isinstance(given_sizes, int) and len(pieces) == 1 and given_sizes > pieces[0]):
             yield f"cuts pieces of {given_sizes}, the local ones are {pieces}"
-

@@ -40,9 +40,15 @@ class Pin:
         """Whether `layout` satisfies the pin; I and R are the same where no gradient flows."""
 
         def matches(placement: Placement, text: str) -> bool:
-            return str(placement) == text or (text == "S" and placement.is_split) or (not needs_grad and placement.is_whole and text in ("I", "R"))
+            return (
+                str(placement) == text
+                or (text == "S" and placement.is_split)
+                or (not needs_grad and placement.is_whole and text in ("I", "R"))
+            )
 
-        return all(not texts or any(matches(placement, text) for text in texts) for placement, texts in zip(layout, self.allowed, strict=True))
+        return all(
+            not texts or any(matches(placement, text) for text in texts) for placement, texts in zip(layout, self.allowed, strict=True)
+        )
 
     def __str__(self) -> str:
         return f"{self.pattern!r}: {self.text!r}"

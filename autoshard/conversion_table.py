@@ -77,7 +77,10 @@ class ConversionTable:
     def _encode(self, layouts: list[Layout]) -> tuple[np.ndarray, ...]:
         """Per layout and axis: kind, dim (-1: not split), whether segmented, and a number for the placement."""
         parts = [
-            [(_KINDS.index(p.kind), p.dim if p.is_split else -1, bool(p.segments), self.codes.setdefault(p, len(self.codes))) for p in layout]
+            [
+                (_KINDS.index(p.kind), p.dim if p.is_split else -1, bool(p.segments), self.codes.setdefault(p, len(self.codes)))
+                for p in layout
+            ]
             for layout in layouts
         ]
         stacked = np.array(parts, dtype=np.int64).reshape(len(layouts), len(self.sizes), 4)
@@ -106,7 +109,9 @@ class ConversionTable:
                 legal &= ~(moves[axis] & later) | self._divides(after, info)
         return np.where(legal, total, np.inf)
 
-    def _state(self, axis: int, done: Sequence[int], src: tuple[np.ndarray, ...], dst: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _state(
+        self, axis: int, done: Sequence[int], src: tuple[np.ndarray, ...], dst: tuple[np.ndarray, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Dim and segmentedness of one axis while the axes in `done` have moved."""
         if axis in done:
             return dst[1][None, :, axis], dst[2][None, :, axis]

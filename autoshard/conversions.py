@@ -129,7 +129,9 @@ def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, .
     return (route,) if route else ()
 
 
-def _walk(layout: Layout, moves: Sequence[tuple[int, Placement]], shape: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Step, ...] | None:
+def _walk(
+    layout: Layout, moves: Sequence[tuple[int, Placement]], shape: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[Step, ...] | None:
     steps = []
     for axis, placement in moves:
         if layout[axis] == placement:

@@ -1,9 +1,9 @@
 """Costs in seconds: ops by roofline, conversions by latency and bandwidth, forward and backward together.
 
-    op          max(flops / rate, bytes / memory rate) + kernel latency, of the local shapes; backward costs as much per
-                operand that needs a gradient (contractions) or per pass (the rest)
-    conversion  latency + wire bytes / axis rate, each way that communicates; local copies by memory rate
-    parameter   optimizer step: 7 passes over the local bytes (read and write parameter and two moments, read gradient)
+op          max(flops / rate, bytes / memory rate) + kernel latency, of the local shapes; backward costs as much per
+            operand that needs a gradient (contractions) or per pass (the rest)
+conversion  latency + wire bytes / axis rate, each way that communicates; local copies by memory rate
+parameter   optimizer step: 7 passes over the local bytes (read and write parameter and two moments, read gradient)
 """
 
 from __future__ import annotations
@@ -25,7 +25,23 @@ from autoshard.rules import Rule
 
 OPTIMIZER_PASSES = 7
 STATE_TENSORS = 4  # parameter, gradient and two moments
-_IS_VIEW = ("view", "reshape", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "chunk", "unbind", "detach", "alias", "t.")
+_IS_VIEW = (
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "split",
+    "chunk",
+    "unbind",
+    "detach",
+    "alias",
+    "t.",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,9 @@ class CostModel:
         """Bytes that each rank holds of a value in a layout that fits it."""
         return value.nbytes / math.prod([n for placement, n in zip(layout, self.mesh.shape, strict=True) if placement.is_split])
 
-    def op_s(self, name: str, rule: Rule | None, equation: Equation | None, values: Sequence[TensorInfo], layouts: Sequence[Layout], split: float) -> float:
+    def op_s(
+        self, name: str, rule: Rule | None, equation: Equation | None, values: Sequence[TensorInfo], layouts: Sequence[Layout], split: float
+    ) -> float:
         """Seconds of one op, forward and backward. `values`, `layouts`: its inputs and outputs; `split`: ranks sharing the work."""
         hardware = self.hardware
         if name.startswith("aten.") and name[5:].startswith(_IS_VIEW):
@@ -53,7 +71,9 @@ class CostModel:
         if rule is not None and equation is not None and rule.bound == "matmul":
             flops = 2.0 * math.prod(equation.sizes.values()) / split
         once = max(flops / (hardware.flops_per_s * hardware.efficiency), moved / hardware.memory_bytes_per_s) + hardware.kernel_latency_s
-        gradients = sum(value.needs_grad for value in values[: len(equation.inputs)]) if equation is not None else sum(v.needs_grad for v in values)
+        gradients = (
+            sum(value.needs_grad for value in values[: len(equation.inputs)]) if equation is not None else sum(v.needs_grad for v in values)
+        )
         return once * (1 + (gradients if flops else min(gradients, 1)))
 
     def whole_bytes(self, step: Step, value: TensorInfo, layout: Layout) -> float:
@@ -102,7 +122,9 @@ class CostModel:
     def communicates(self, src: Layout, dst: Layout, value: TensorInfo) -> bool:
         """Whether converting moves bytes between ranks, forward or backward."""
         best = self.best_route(src, dst, value)
-        directions = [name for step in (best[1] if best else ()) for name in (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]]
+        directions = [
+            name for step in (best[1] if best else ()) for name in (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]
+        ]
         return best is None or any(name in COMMUNICATES for name in directions)
 
     def parameter_s(self, value: TensorInfo, layout: Layout) -> float:

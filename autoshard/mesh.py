@@ -74,7 +74,8 @@ class MeshSpec:
         if isinstance(mesh, DeviceMesh):
             if not mesh.mesh_dim_names:
                 raise MeshError(
-                    f"the mesh has no axis names; build it with init_device_mesh({mesh.device_type!r}, {tuple(mesh.mesh.shape)}, mesh_dim_names=('dp', ...))"
+                    "the mesh has no axis names; build it with "
+                    f"init_device_mesh({mesh.device_type!r}, {tuple(mesh.mesh.shape)}, mesh_dim_names=('dp', ...))"
                 )
             return cls(tuple(mesh.mesh_dim_names), tuple(mesh.mesh.shape))
         if isinstance(mesh, str):

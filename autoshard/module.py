@@ -7,9 +7,6 @@ decides where parameters rest; later ones are planned with those layouts given.
 from __future__ import annotations
 
 import copy
-import linecache
-import sys
-import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -27,12 +24,13 @@ from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
+from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.plan_file import digest
 from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
-from autoshard.program import Facts, baked_values, facts
+from autoshard.program import baked_values, facts
 from autoshard.torch_internals import is_in_backward, let_segments_be_read, local_of, pytree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -112,7 +110,7 @@ class ShardedModule(nn.Module):
         self._state.plan = ready.plan
         return ready.plan
 
-    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], _Ready]:
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], LoadedProgram]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         state = self._state
         if not state.slots:
@@ -241,7 +239,7 @@ class ShardedModule(nn.Module):
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
     @torch.compiler.disable
-    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> _Ready:
+    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> LoadedProgram:
         """Plan, agree with the other ranks that all run the same program, and load it."""
         state, plan = self._state, None
         failure: Exception | None = None
@@ -273,7 +271,7 @@ class ShardedModule(nn.Module):
         )
         assert plan is not None
         self._shard_parameters(plan)
-        return _Ready(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), state)
+        return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
 
     def _values(self, plan: Plan) -> str:
         """Digest of parameters, buffers and constants, of some thousand numbers of each."""
@@ -356,9 +354,12 @@ class ShardedModule(nn.Module):
         axes = zip(state.spec.axes, state.spec.shape, state.coordinate, strict=True)
         return tuple(runtime.Axis(name, size, rank, state.mesh.get_group(name).group_name) for name, size, rank in axes)
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _held(self, name: str) -> torch.Tensor:
         owner, leaf = self._state.slots[name]
-        return local_of(owner[leaf])
+        return owner[leaf]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return local_of(self._held(name))
 
 
 @dataclass
@@ -369,7 +370,7 @@ class _State:
     mesh: DeviceMesh
     spec: MeshSpec
     settings: Settings
-    ready: dict[Any, _Ready] = field(default_factory=dict)
+    ready: dict[Any, LoadedProgram] = field(default_factory=dict)
     adopted: list[Plan] = field(default_factory=list)
     plan: Plan | None = None
     layouts: dict[str, Layout] | None = None
@@ -416,63 +417,6 @@ class _State:
         return everyone
 
 
-class _Ready:
-    """A plan with its program loaded on this rank."""
-
-    def __init__(self, plan: Plan, program: Any, state: _State) -> None:
-        self.plan, self.program = plan, program
-        nodes = list(plan.program.output.args[0])  # type: ignore[arg-type]
-        self.results = [facts(node) if isinstance(node, fx.Node) else None for node in nodes]  # a result may be a constant
-        self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
-        self.as_dtensors = plan.outputs == "dtensor"
-        self.is_checked = False
-        self.watched = [name for name in _constant_buffers(plan) if name not in plan.program.constants]
-        self.seen: list[tuple[int, int]] = []
-        self.state = state
-        self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
-
-    def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
-        if self.watched:
-            self._watch()
-        given = [leaves[k] for k in self.takes]
-        results = self.program.forward(*map(local_of, given))
-        if self.as_dtensors:
-            results = [
-                self._distributed(x, known, mesh) if known and known.value.shape else x
-                for x, known in zip(results, self.results, strict=True)
-            ]
-        return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
-
-    def _watch(self) -> None:
-        """Compute constants anew when a buffer that they were made from was written."""
-        buffers = [self.state.slots[name][0][self.state.slots[name][1]] for name in self.watched]
-        now = [(id(buffer), -1 if buffer.is_inference() else buffer._version) for buffer in buffers]
-        if now != self.seen:
-            self.program.forget_constants()
-            self.seen = now
-
-    @staticmethod
-    def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh) -> DTensor:
-        shape = torch.Size(known.value.shape)
-        strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, torch_placements(known.layout), run_check=False, shape=shape, stride=strides)
-
-
-def load_program(
-    plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]
-) -> Any:
-    """Execute the emitted text in memory: the text that `plan.emit` writes."""
-    sys.modules.setdefault("autoshard_runtime", runtime)
-    filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
-    text = plan.program.source
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    module = types.ModuleType(f"autoshard_program_{plan.fingerprint[:12]}")
-    sys.modules[module.__name__] = module  # torch.compile looks its globals up there
-    exec(compile(text, filename, "exec"), vars(module))
-    constants = {name: value.to(device) for name, value in plan.program.constants.items()}
-    return module.Rank(axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
-
-
 def _without_memory(model: nn.Module) -> nn.Module:
     """A deep copy on the meta device, for tracing; the original is left alone."""
     memo: dict[int, Any] = {}
@@ -491,12 +435,6 @@ def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
         raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
     if spec.size > dist.get_world_size():
         raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
-
-
-def _constant_buffers(plan: Plan) -> list[str]:
-    """Buffers from which the program computes constants once."""
-    nodes = (node for node in plan.program.nodes("buffer") if any(facts(user).is_constant for user in node.users))
-    return [facts(node).name for node in nodes]
 
 
 def _leaf_key(leaf: Any) -> Any:

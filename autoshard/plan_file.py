@@ -31,7 +31,19 @@ from autoshard.rules import RULES
 from autoshard.torch_internals import pytree
 
 VERSION = 1
-_FACTORIES = {f"aten.{name}" for name in ("arange.default", "arange.start", "arange.start_step", "zeros.default", "ones.default", "full.default", "eye.default", "scalar_tensor.default")}  # fmt: skip
+_FACTORIES = {
+    f"aten.{name}"
+    for name in [
+        "arange.default",
+        "arange.start",
+        "arange.start_step",
+        "zeros.default",
+        "ones.default",
+        "full.default",
+        "eye.default",
+        "scalar_tensor.default",
+    ]
+}
 _TORCH = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 
 

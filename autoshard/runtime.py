@@ -73,7 +73,7 @@ class _Convert(torch.autograd.Function):
         return result.view_as(result) if result is x else result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None
 
 
@@ -192,7 +192,9 @@ def keep_first(x: Tensor, axis: Axis) -> Tensor:
 
 def all_to_all(x: Tensor, axis: Axis, dim: int, segments: Segments, cut_dim: int, cut_segments: Segments) -> Tensor:
     """S(dim) -> S(cut_dim)."""
-    return axis.convert(x, Collective("all_to_all", dim, segments, cut_dim, cut_segments), Collective("all_to_all", cut_dim, cut_segments, dim, segments))
+    return axis.convert(
+        x, Collective("all_to_all", dim, segments, cut_dim, cut_segments), Collective("all_to_all", cut_dim, cut_segments, dim, segments)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- lowerings
@@ -214,7 +216,13 @@ def _count(axes: Sequence[Axis]) -> int:
 
 
 def embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False, *, row_axes: Sequence[Axis]
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    row_axes: Sequence[Axis],
 ) -> Tensor:
     """Lookup in a table whose rows are split on `row_axes`: rows of other ranks read as zero, the result is P."""
     if scale_grad_by_freq or sparse:
@@ -230,9 +238,11 @@ def embedding(
     return torch.where(here.unsqueeze(-1), found, 0.0)
 
 
-def mean(x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, reduced_axes: Sequence[Axis]) -> Tensor:
+def mean(
+    x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, reduced_axes: Sequence[Axis]
+) -> Tensor:
     """Mean over dims that are split on `reduced_axes`: the local mean, weighted; the result is P."""
-    local = x.mean(dtype=dtype) if dim is None else x.mean(dim, keepdim, dtype=dtype)
+    local = x.mean(dtype=dtype) if dim is None else x.mean(list(dim), keepdim, dtype=dtype)
     return local / _count(reduced_axes)
 
 
@@ -354,7 +364,9 @@ class Program:
     numbers, ranks that hold different pieces draw different ones.
     """
 
-    def __init__(self, axes: Sequence[Axis], tensor: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self, axes: Sequence[Axis], tensor: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int] = lambda: 0
+    ) -> None:
         self.axes = tuple(axes)
         self.tensor = tensor
         self.device = device

@@ -110,7 +110,9 @@ class SearchSpace:
         options = [c.outputs[0] for c in self.table.of_parameter(value)]
         free = [k for k in range(self.program.mesh.ndim) if not any(pin.allowed[k] for pin in self.pins[node])]
         whole = I if value.needs_grad else R
-        fitting = [x for x in options if all(pin.admits(x, value.needs_grad) for pin in self.pins[node]) and all(x[k] == whole for k in free)]
+        fitting = [
+            x for x in options if all(pin.admits(x, value.needs_grad) for pin in self.pins[node]) and all(x[k] == whole for k in free)
+        ]
         if fitting:
             return fitting[0]
         soft = all(pin.is_soft for pin in self.pins[node])
@@ -166,7 +168,9 @@ class SearchSpace:
                 raise_unfit(pins, facts(value[0]).name or value[0].name, info, self.program)
             if hubs:
                 return [Supply(hub) for hub in hubs]
-            self.program.note(f"what {facts(value[0]).source.module} returns, {info.shape}, cannot lie as the template asks ({pins[0].text}); left free")
+            self.program.note(
+                f"what {facts(value[0]).source.module} returns, {info.shape}, cannot lie as the template asks ({pins[0].text}); left free"
+            )
         seen: dict[Layout, int] = {}
         for user, k in self.uses[value]:
             for want in dict.fromkeys(self._wants(user, k)):
@@ -215,7 +219,9 @@ class SearchSpace:
                     add(index[value], index[user], self._offer(value, user, k))
                 elif value not in self.fixed:
                     add(index[value[0]], index[user], self._convert(value, user, k))
-        memory = tuple(np.array([c.kept_bytes for c in self.domains[w]] if isinstance(w, fx.Node) else [0.0] * len(self.supplies[w])) for w in order)
+        memory = tuple(
+            np.array([c.kept_bytes for c in self.domains[w]] if isinstance(w, fx.Node) else [0.0] * len(self.supplies[w])) for w in order
+        )
         return Problem(tuple(costs), pairs, memory), order
 
     def _transposed(self, matrix: np.ndarray) -> np.ndarray:
@@ -312,7 +318,9 @@ def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program)
         for axis, texts in enumerate(pin.allowed):
             for placement in (Placement.parse(text) for text in texts if text.startswith("S(")):
                 advice += _size_advice(placement.dim, value.shape, program.mesh.axes[axis], program.mesh.shape[axis])
-    reason = ". ".join(advice) or "Constraints on one value must agree, and dims must divide by the axes that split them; drop or change one"
+    reason = (
+        ". ".join(advice) or "Constraints on one value must agree, and dims must divide by the axes that split them; drop or change one"
+    )
     raise ConstraintError(f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. {reason}.")
 
 

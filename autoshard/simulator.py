@@ -122,12 +122,14 @@ class SimulatedAxis:
 
 class _Convert(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, axis: SimulatedAxis, forward: Collective, backward: Collective, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, axis: SimulatedAxis, forward: Collective, backward: Collective, *values: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.axis, ctx.backward_collective = axis, backward
         return tuple(value.clone() for value in axis.run(forward, values))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
         return None, None, None, *(grad.clone() for grad in ctx.axis.run(ctx.backward_collective, grads))
 
 
@@ -184,12 +186,13 @@ class Simulation:
     def backward(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
         """Backward from every output that has a gradient: `grads` (global, one per output that is a tensor), ones when not given."""
         roots, seeds = [], []
-        nodes = list(self.program.output.args[0])  # type: ignore[arg-type,call-overload]
+        nodes = list(self.program.output.args[0])  # type: ignore[arg-type]
         tensors = [(node, output) for node, output in zip(nodes, self.outputs, strict=True) if isinstance(output, Ranks)]
         for k, (node, output) in enumerate(tensors):
             if not output.values[0].requires_grad or (grads is not None and grads[k] is None):
                 continue
-            seed = torch.ones(facts(node).value.shape, dtype=facts(node).value.dtype) if grads is None else grads[k]
+            given = None if grads is None else grads[k]
+            seed = torch.ones(facts(node).value.shape, dtype=facts(node).value.dtype) if given is None else given
             roots += output.values
             seeds += [shard(seed, facts(node).layout, self.program.mesh, at) for at in self.program.mesh.coordinates()]
         torch.autograd.backward(roots, seeds)

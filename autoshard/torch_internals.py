@@ -24,7 +24,17 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
-__all__ = ["FakeTensor", "_StridedShard", "fake_copy", "fake_mode", "is_in_backward", "let_segments_be_read", "local_of", "pytree", "record_lost_backwards"]
+__all__ = [
+    "FakeTensor",
+    "_StridedShard",
+    "fake_copy",
+    "fake_mode",
+    "is_in_backward",
+    "let_segments_be_read",
+    "local_of",
+    "pytree",
+    "record_lost_backwards",
+]
 
 
 def fake_mode() -> FakeTensorMode:
@@ -78,7 +88,7 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
         return autograd_grad(*args, **kwargs)
 
     register_hook, autograd_grad = torch.Tensor.register_hook, torch.autograd.grad
-    torch.Tensor.register_hook, torch.autograd.grad = recording_hook, recording_grad  # type: ignore[method-assign,assignment]
+    torch.Tensor.register_hook, torch.autograd.grad = recording_hook, recording_grad  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(recording_apply)  # type: ignore[method-assign,assignment]
     checkpoint_module._checkpoint_without_reentrant_generator = recording_inner
     try:
@@ -104,14 +114,14 @@ class _Local(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:
         ctx.spec = parameter._spec
         return parameter._local_tensor.view_as(parameter._local_tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> DTensor:  # type: ignore[override]
-        if grad._use_count() > 1 or not grad.is_contiguous():
+    def backward(ctx: Any, grad: torch.Tensor) -> DTensor:
+        if grad._use_count() > 1 or not grad.is_contiguous():  # type: ignore[attr-defined]
             grad = grad.clone(memory_format=torch.contiguous_format)
         return DTensor(grad, ctx.spec, requires_grad=grad.requires_grad)
 
@@ -130,7 +140,7 @@ def let_segments_be_read() -> None:
     from 2.13 on it falls back to the greedy planner by itself, as it does here. If it moves: such parameters can be trained
     and saved shard by shard, but not put together.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):  # type: ignore[operator]
         return
     from torch.distributed.tensor._redistribute import DTensorRedistributePlanner as Planner
 

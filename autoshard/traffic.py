@@ -18,6 +18,8 @@ from autoshard.placements import Layout, local_shape
 from autoshard.program import Program, call_of, facts, tensor_operands
 from autoshard.runtime import Collective
 
+Sent = tuple[str, str, int]  # axis, the collective, bytes that the axis holds together
+
 
 @dataclass
 class MeteredAxis:
@@ -25,7 +27,7 @@ class MeteredAxis:
 
     name: str
     size: int
-    sent: list[tuple[str, str, int]] = field(default_factory=list)  # axis, collective, bytes that the axis holds together
+    sent: list[Sent] = field(default_factory=list)  # axis, collective, bytes that the axis holds together
     rank: int = 0
 
     def convert(self, x: torch.Tensor, forward: Collective, backward: Collective) -> torch.Tensor:
@@ -42,17 +44,19 @@ class MeteredAxis:
         return x.detach()
 
 
-def meter(
-    function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec
-) -> list[tuple[str, str, int]]:
+def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec) -> list[Sent]:
     """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
     local = iter([_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)])
     given = {name: next(local) if isinstance(value, TensorInfo) else value for name, value in call.arguments.items()}
-    sent: list[tuple[str, str, int]] = []
+    sent: list[Sent] = []
     metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
     lowering: Callable[..., Any] = getattr(runtime, function)
     by_name = lowering.__kwdefaults__ or {}
-    lowering(*(value for name, value in given.items() if name not in by_name), **{name: given[name] for name in by_name if name in given}, **metered)
+    lowering(
+        *(value for name, value in given.items() if name not in by_name),
+        **{name: given[name] for name in by_name if name in given},
+        **metered,
+    )
     return sent
 
 
@@ -61,7 +65,7 @@ def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
     return torch.empty(shape or (), dtype=info.dtype, device="meta", requires_grad=info.needs_grad)
 
 
-def seconds_inside(costs: CostModel, sent: Sequence[tuple[str, str, int]]) -> float:
+def seconds_inside(costs: CostModel, sent: Sequence[Sent]) -> float:
     """Seconds of what a lowering sends."""
     total = 0.0
     for axis, name, whole in sent:
@@ -93,16 +97,15 @@ def traffic(program: Program, costs: CostModel) -> dict[str, float]:
             for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
                 add(name, count)
     for node in program.nodes("op"):
-        for axis, name, whole in sent_inside(program, node):
-            add(name, WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole)
+        for axis, collective, whole in sent_inside(program, node):
+            add(collective, WIRE[collective](program.mesh.shape[program.mesh.index(axis)]) * whole)
     return moved
 
 
-def sent_inside(program: Program, node: fx.Node) -> list[tuple[str, str, int]]:
+def sent_inside(program: Program, node: fx.Node) -> list[Sent]:
     """What a lowered op sends: axis, collective, bytes that the axis holds together; nothing for other ops."""
     if facts(node).op is None:
         return []
     axes = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
     layouts = [facts(operand).layout for operand in tensor_operands(node)]
     return meter(node.target.__name__, call_of(node), layouts, axes, program.mesh)  # type: ignore[union-attr,arg-type]
-

@@ -44,10 +44,14 @@ class Verification:
         worst = max(self.gradients, key=self.gradients.__getitem__, default="")
         random = "; random ops switched off on both sides" if self.is_random_off else ""
         gradient = f"gradients {self.gradients[worst]:.1e} ({worst})" if worst else "no gradients"
-        return f"{'equal' if self.is_equal else 'DIFFERENT'}: outputs {self.outputs:.1e}, {gradient}, tolerance {self.tolerance:.0e}{random}"
+        return (
+            f"{'equal' if self.is_equal else 'DIFFERENT'}: outputs {self.outputs:.1e}, {gradient}, tolerance {self.tolerance:.0e}{random}"
+        )
 
 
-def simulate_plan(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], seed: int = 0, is_random: bool = True) -> Simulation:
+def simulate_plan(
+    plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], seed: int = 0, is_random: bool = True
+) -> Simulation:
     """Run all ranks of `plan` on the tensors of `model` and global arguments."""
     plan.check_model(model)
     leaves = pytree.tree_leaves((args, dict(kwargs)))

@@ -49,7 +49,9 @@ class AnnotateShardings:
             solution = solve(problem, self.memory_budget_bytes)
         except InfeasibleError as error:
             if "budget" in str(error):
-                raise BudgetError(f"no plan on {program.mesh} fits: {error}; use more ranks on the axes that split, or a larger budget") from error
+                raise BudgetError(
+                    f"no plan on {program.mesh} fits: {error}; use more ranks on the axes that split, or a larger budget"
+                ) from error
             raise ConstraintError(self._conflict(program)) from error
         program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(order), "largest_table": solution.largest_table}
         program.stats |= {"objective_s": solution.objective_s, "bound_s": solution.bound_s, "kept_bytes": solution.memory_bytes}
@@ -114,6 +116,6 @@ def _report(program: Program, space: SearchSpace, solution: Solution) -> None:
             f"{cost * 1e3:.3f} ms a step predicted; autoshard.register_rule adds one"
         )
     if not solution.is_exact:
-        program.note(f"the plan is within {(solution.objective_s / max(solution.bound_s, 1e-12) - 1) * 100:.1f} % of the best possible (proven)")
-
-
+        program.note(
+            f"the plan is within {(solution.objective_s / max(solution.bound_s, 1e-12) - 1) * 100:.1f} % of the best possible (proven)"
+        )

@@ -39,20 +39,28 @@ class EmitPrograms:
         used = {word for line in body for word in _NAME.findall(line.partition("  # ")[0])}
         imported = sorted(name for name in (*BY_NAME, "embedding", "cross_entropy", "batch_norm", "mean") if name in used)
         names = ", ".join(["Program", *imported])
-        program.source = "\n".join([*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""])
+        program.source = "\n".join(
+            [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
+        )
         return program
 
 
 def _header(program: Program, name: str) -> list[str]:
     mode = "training" if program.is_training else "evaluation"
-    return [f'"""{name} on mesh {program.mesh}, {mode}: the program of every rank. Written by autoshard.', "", f"Passes: {', '.join(program.passes)}.", '"""', ""]
+    return [
+        f'"""{name} on mesh {program.mesh}, {mode}: the program of every rank. Written by autoshard.',
+        "",
+        f"Passes: {', '.join(program.passes)}.",
+        '"""',
+        "",
+    ]
 
 
 def _tables(program: Program) -> list[str]:
     def table(title: str, *roles: Any) -> list[str]:
         rows = [
-            f'        {quoted(facts(n).name)}: ({list(facts(n).value.shape)}, "{short_dtype(facts(n).value.dtype)}", "{format_layout(facts(n).layout, program.mesh)}"),'
-            for n in program.nodes(*roles)
+            f'        {quoted(n.name)}: ({list(n.value.shape)}, "{short_dtype(n.value.dtype)}", "{format_layout(n.layout, program.mesh)}"),'
+            for n in map(facts, program.nodes(*roles))
         ]
         return [f"    {title} = {{", *rows, "    }"] if rows else [f"    {title} = {{}}"]
 
@@ -114,7 +122,9 @@ def _forward(program: Program) -> list[str]:
             if facts(operand).role == "parameter" and next(iter(_readers(operand))) is node:
                 lines += _statement(program, operand)
         lines += _statement(program, node)
-        dying += [operand.name for operand in dict.fromkeys(node.all_input_nodes) if last_use.get(operand) is node and operand.op != "placeholder"]
+        dying += [
+            operand.name for operand in dict.fromkeys(node.all_input_nodes) if last_use.get(operand) is node and operand.op != "placeholder"
+        ]
     return [*lines, f"        return {_value(program.output.args[0])}"]
 
 
@@ -159,7 +169,7 @@ def _expression(node: fx.Node, known: Facts) -> str:
     target = str(node.target)
     if target in _OPERATORS and len(args) == 2 and not node.kwargs:
         return f"{args[0]} {_OPERATORS[target]} {args[1]}"
-    keywords = [f"{key}={_axes(value) if key.endswith('_axes') else _value(value)}" for key, value in node.kwargs.items()]
+    keywords = [f"{key}={_axes(value) if key.endswith('_axes') else _value(value)}" for key, value in node.kwargs.items()]  # type: ignore[arg-type]
     if getattr(node.target, "__module__", "") == runtime.__name__:
         return f"{node.target.__name__}({', '.join([*args, *keywords])})"  # type: ignore[union-attr]
     name = target if target.startswith("aten.") else f"torch.ops.{target}"

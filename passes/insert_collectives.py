@@ -116,7 +116,9 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     known, axis = facts(node), program.mesh.axes[step.axis]
     after = replace_axis(known.layout, step.axis, step.dst)
     if not is_step_sound(known.layout, step):
-        raise PlacementError(f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}")
+        raise PlacementError(
+            f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}"
+        )
     args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
     stem = known.name if known.role == "conversion" else node.name
     new = program.graph.create_node("call_function", getattr(runtime, step.row.name), (node, axis, *args), name=f"{stem}_{step.row.name}")

@@ -81,10 +81,14 @@ def _refuse_hooks(model: nn.Module) -> None:
     """Hooks on gradients are no part of a trace."""
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            raise TraceError(f"module {name or 'the model itself'} has a backward hook, which tracing would lose; remove it before compiling")
+            raise TraceError(
+                f"module {name or 'the model itself'} has a backward hook, which tracing would lose; remove it before compiling"
+            )
     for name, parameter in model.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise TraceError(f"parameter {name} has a hook, which the compiled model would lose; register it on the compiled model's parameter")
+            raise TraceError(
+                f"parameter {name} has a hook, which the compiled model would lose; register it on the compiled model's parameter"
+            )
 
 
 def _explain(error: Exception, model: nn.Module) -> str:

@@ -20,7 +20,9 @@ _TIMEOUT_S = 120
 def _worker(rank: int, size: int, folder: str, payload: bytes) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT_S))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=_TIMEOUT_S)
+        )
         function, args = pickle.loads(payload)
         result: Any = ("ok", function(*args))
         dist.barrier()

@@ -98,8 +98,17 @@ def test_shared_conversion_is_inserted_once() -> None:
             return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     model = nn.Sequential(nn.Linear(32, 32), Attention())
-    pins = {"*.q.weight": "S(0)@tp", "*.k.weight": "S(0)@tp", "*.v.weight": "S(0)@tp", "*.o.weight": "S(1)@tp", "0.weight": "I", "1.norm.*": "I"}
-    plan = autoshard.plan(model, "tp=2", (torch.zeros(2, 8, 32),), hardware="h100", constraints={**pins, "output:0": "I@tp", "output:1": "I@tp"})
+    pins = {
+        "*.q.weight": "S(0)@tp",
+        "*.k.weight": "S(0)@tp",
+        "*.v.weight": "S(0)@tp",
+        "*.o.weight": "S(1)@tp",
+        "0.weight": "I",
+        "1.norm.*": "I",
+    }
+    plan = autoshard.plan(
+        model, "tp=2", (torch.zeros(2, 8, 32),), hardware="h100", constraints={**pins, "output:0": "I@tp", "output:1": "I@tp"}
+    )
     conversions = [op_name(node) for node in plan.program.nodes("conversion")]
     assert len([name for name in conversions if name == "all_reduce_invariant"]) == 1
     assert conversions.count("vary") == 1
@@ -113,7 +122,8 @@ def test_causal_mask_becomes_a_flag() -> None:
 
     program = traced(Masked(), (torch.zeros(2, 2, 8, 4),), "tp=2")
     (attention,) = (node for node in program.nodes("op") if "attention" in op_name(node))
-    assert "True" in attention.format_node() and not any(facts(node).is_constant for node in program.nodes())
+    assert "True" in attention.format_node()
+    assert not any(facts(node).is_constant for node in program.nodes())
 
 
 def test_conversion_table_equals_single_routes() -> None:
@@ -127,7 +137,8 @@ def test_conversion_table_equals_single_routes() -> None:
         for j, dst in enumerate(layouts):
             route = costs.best_route(src, dst, info)
             assert route is not None
-            assert table[i, j] <= route[0] * (1 + 1e-9) and (table[i, j] > 0 or src == dst or route[0] == 0)
+            assert table[i, j] <= route[0] * (1 + 1e-9)
+            assert table[i, j] > 0 or src == dst or route[0] == 0
 
 
 def test_templates_are_constraints() -> None:

@@ -102,7 +102,7 @@ def test_targets_out_of_range_raise(template: str) -> None:
 
     model, target = Loss(), torch.tensor([0, 1, 2, 8])
     plan = autoshard.plan(model, "a=2", (X, target), template=template)  # type: ignore[arg-type]
-    with pytest.raises((RuntimeError, IndexError), match="out of (range|bounds)"):
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (range|bounds)"):
         autoshard.simulate(plan, model, (X, target))
 
 

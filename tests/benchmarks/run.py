@@ -1,7 +1,7 @@
 """Measure how fast plans are made and what they are predicted to cost; writes docs/benchmarks/planning.md.
 
-    python tests/benchmarks/run.py             what `make bench` runs; needs no GPU, a few minutes
-    python tests/benchmarks/run.py --repeats 1 --out FOLDER
+python tests/benchmarks/run.py             what `make bench` runs; needs no GPU, a few minutes
+python tests/benchmarks/run.py --repeats 1 --out FOLDER
 """
 
 from __future__ import annotations

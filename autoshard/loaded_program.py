@@ -1,0 +1,83 @@
+"""A plan whose emitted text is loaded on this rank, ready to be called."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from autoshard import runtime
+from autoshard.dtensors import torch_placements
+from autoshard.plan import Plan
+from autoshard.program import Facts, facts
+from autoshard.torch_internals import local_of, pytree
+
+
+class LoadedProgram:
+    """A plan with its program loaded on this rank."""
+
+    def __init__(self, plan: Plan, program: Any, slots: Callable[[str], torch.Tensor]) -> None:
+        self.plan, self.program = plan, program
+        nodes = list(plan.program.output.args[0])  # type: ignore[arg-type]
+        self.results = [facts(node) if isinstance(node, fx.Node) else None for node in nodes]  # a result may be a constant
+        self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
+        self.as_dtensors = plan.outputs == "dtensor"
+        self.is_checked = False
+        self.watched = [name for name in _constant_buffers(plan) if name not in plan.program.constants]
+        self.seen: list[tuple[int, int]] = []
+        self.slots = slots
+        self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
+
+    def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
+        if self.watched:
+            self._watch()
+        given = [leaves[k] for k in self.takes]
+        results = self.program.forward(*map(local_of, given))
+        if self.as_dtensors:
+            results = [
+                self._distributed(x, known, mesh) if known and known.value.shape else x
+                for x, known in zip(results, self.results, strict=True)
+            ]
+        return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
+
+    def _watch(self) -> None:
+        """Compute constants anew when a buffer that they were made from was written."""
+        buffers = [self.slots(name) for name in self.watched]
+        now = [(id(buffer), -1 if buffer.is_inference() else buffer._version) for buffer in buffers]
+        if now != self.seen:
+            self.program.forget_constants()
+            self.seen = now
+
+    @staticmethod
+    def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh) -> DTensor:
+        shape = torch.Size(known.value.shape)
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, torch_placements(known.layout), run_check=False, shape=shape, stride=strides)
+
+
+def load_program(
+    plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]
+) -> Any:
+    """Execute the emitted text in memory: the text that `plan.emit` writes."""
+    sys.modules.setdefault("autoshard_runtime", runtime)
+    filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
+    text = plan.program.source
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    module = types.ModuleType(f"autoshard_program_{plan.fingerprint[:12]}")
+    sys.modules[module.__name__] = module  # torch.compile looks its globals up there
+    exec(compile(text, filename, "exec"), vars(module))
+    constants = {name: value.to(device) for name, value in plan.program.constants.items()}
+    return module.Rank(axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
+
+
+def _constant_buffers(plan: Plan) -> list[str]:
+    """Buffers from which the program computes constants once."""
+    nodes = (node for node in plan.program.nodes("buffer") if any(facts(user).is_constant for user in node.users))
+    return [facts(node).name for node in nodes]
