@@ -47,7 +47,7 @@ examples: $(READY)  ## run every example, small
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
 	$(BIN)/python examples/plan_llama.py
 
-prove: $(READY)  ## run the property tests in full: 2,000 random graphs, meshes and plans
+prove: $(READY)  ## run the property tests in full: 2,100 random graphs, each on several meshes and plans
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m hypothesis
 
 bench: $(READY)  ## measure, and write the results to docs/benchmarks

@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parent / "golden"
 # A failing case prints the blob that reproduces it. Slowness is no fault here: one case traces, plans and trains a model.
 _COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=100, **_COMMON)
-settings.register_profile("full", max_examples=2000, **_COMMON)
+settings.register_profile("full", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)

@@ -29,7 +29,7 @@ from autoshard.placements import I, P, Placement, R, S
 from autoshard.program import Program, facts, set_facts
 from autoshard.rules import rule_of
 
-IS_FULL = settings().max_examples > 1000  # the full profile changes every node, the other one of each kind
+IS_FULL = settings().max_examples >= 1000  # the full profile changes every node, the other one of each kind
 
 Mutant = tuple[str, Callable[[fx.Node, Program], Any]]  # what is changed, and the change to a copy of the node
 
