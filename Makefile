@@ -28,8 +28,8 @@ setup: $(READY)  ## create the environment and install autoshard into it (at onc
 demo: $(READY)  ## train a GPT on four processes and on one, compare, leave programs, plan and picture in out/demo
 	@$(BIN)/python examples/demo.py
 
-test: $(READY)  ## run the tests on the CPU
-	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS)
+test: $(READY)  ## run the tests on the CPU, all but the slow ones
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 check: lint types test docs examples  ## all that must be green: lint, types, tests, code blocks of the docs, examples
 
@@ -47,8 +47,8 @@ examples: $(READY)  ## run every example, small
 	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
 	$(BIN)/python examples/plan_llama.py
 
-prove: $(READY)  ## run the property tests in full: 2,100 random graphs, each on several meshes and plans
-	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m hypothesis
+prove: $(READY)  ## run in full: 2,100 random graphs, each on several meshes and plans; every template and random plans on four processes
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m "hypothesis or slow"
 
 bench: $(READY)  ## measure, and write the results to docs/benchmarks
 	$(BIN)/python tests/benchmarks/run.py

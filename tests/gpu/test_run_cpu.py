@@ -17,7 +17,6 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_parts_run_on_the_cpu(tmp_path: Path) -> None:
     done = call("--cpu", "--out", str(tmp_path), "--only", "one_rank", "four_ranks", "fake_group", "one_rank_compiled")
     assert done.returncode == 0, done.stdout + done.stderr
