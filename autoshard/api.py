@@ -149,7 +149,8 @@ def verify(
     """Compare all simulated ranks of `plan` with `model` on one device: results, every gradient, every buffer.
 
     Runs in the model's dtype (use model.double() for an exact comparison; tolerance is 1e-9 then, else 1e-4, and 5e-2
-    for half precision). Dropout is switched off on both sides, as no two ways to draw can agree; the result says so.
+    for half precision). No two ways to draw random numbers can agree: for a program
+    that draws any, the comparison is with the model's traced graph, random ops switched off on both sides, and the result says so.
     """
     plan.check_model(model)
     return compare(plan, model, tuple(args), dict(kwargs or {}), tolerance)

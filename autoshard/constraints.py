@@ -124,6 +124,11 @@ def _is_within(path: str, module: str) -> bool:
 Template = Literal["auto", "ddp", "fsdp", "megatron", "megatron_sp"]
 
 
+def tensor_axis_of(template: str, mesh: MeshSpec) -> str:
+    """The axis on which a template splits weights by their work: `tp`, else the last one; "" for templates that split the batch alone."""
+    return ("tp" if "tp" in mesh.axes else mesh.axes[-1]) if template.startswith("megatron") else ""
+
+
 def template_constraints(program: Program, template: Template) -> dict[str, str]:
     """Constraints of a template, for the parameters and modules of this program.
 
@@ -135,7 +140,7 @@ def template_constraints(program: Program, template: Template) -> dict[str, str]
     mesh = program.mesh
     if template == "auto":
         return {}
-    tensor_axis = ("tp" if "tp" in mesh.axes else mesh.axes[-1]) if template.startswith("megatron") else ""
+    tensor_axis = tensor_axis_of(template, mesh)
     batch = " ".join(f"S(0)@{axis}" for axis in mesh.axes if axis != tensor_axis)
     constraints: dict[str, str] = {}
     for name, node in program.parameters().items():

@@ -294,13 +294,14 @@ def select(call: Call) -> str:
     return _text(["~" + source], [" ".join(n for k, n in enumerate(names) if k != dim)])
 
 
-def _pieces(call: Call, whole: TensorInfo, parts: Sequence[TensorInfo], dim: int) -> tuple[str, list[str], Sized]:
+def _pieces(whole: TensorInfo, parts: Sequence[TensorInfo], dim: int) -> tuple[str, list[str], dict[str, int]]:
+    """The joined operand, its parts, and the sizes of the parts' factors."""
     names = _names(len(whole.shape))
     pieces = [f"q{k}" for k in range(len(parts))]
     sizes = {piece: part.shape[dim] for piece, part in zip(pieces, parts, strict=True)}
     long = " ".join("|".join(pieces) if k == dim and len(pieces) > 1 else pieces[0] if k == dim else n for k, n in enumerate(names))
     short = [" ".join(piece if k == dim else n for k, n in enumerate(names)) for piece in pieces]
-    return long, short, ("", sizes)
+    return long, short, sizes
 
 
 def split(call: Call) -> Sized:
@@ -309,14 +310,14 @@ def split(call: Call) -> Sized:
     if len(call.outputs) == 1:
         names = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(_names(len(call.inputs[0].shape))))
         return _text(["~" + names], [names]), {}
-    long, short, (_, sizes) = _pieces(call, call.inputs[0], call.outputs, dim)
+    long, short, sizes = _pieces(call.inputs[0], call.outputs, dim)
     return _text(["~" + long], short), sizes
 
 
 def concatenate(call: Call) -> Sized:
     """Joins along one dim, whose parts are split together."""
     dim = call.get("dim", 0) % len(call.outputs[0].shape)
-    long, short, (_, sizes) = _pieces(call, call.outputs[0], call.inputs, dim)
+    long, short, sizes = _pieces(call.outputs[0], call.inputs, dim)
     return _text(["+" + piece for piece in short], [long]), sizes
 
 

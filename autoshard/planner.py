@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from autoshard.constraints import Template
+from autoshard.constraints import Template, tensor_axis_of
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
@@ -52,7 +52,7 @@ def entry_layout(tensor: torch.Tensor, mesh: MeshSpec, inputs: str) -> Layout:
 
 def check_batch(args: Any, mesh: MeshSpec, template: str, inputs: str) -> None:
     """Raise InputError where the batch (dim 0 of the arguments) must be split and does not divide. args: any pytree of global tensors."""
-    tensor_axis = ("tp" if "tp" in mesh.axes else mesh.axes[-1]) if template.startswith("megatron") else ""
+    tensor_axis = tensor_axis_of(template, mesh)
     asked = tuple(axis for axis in mesh.axes if axis != tensor_axis) if template != "auto" else ()
     axes = batch_axes(mesh) if inputs == "local" else asked
     parts = math.prod(mesh.shape[mesh.index(axis)] for axis in axes)

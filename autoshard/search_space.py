@@ -21,7 +21,6 @@ from torch import fx
 from autoshard.candidates import Candidate, CandidateTable, leaving_layout
 from autoshard.constraints import Pin
 from autoshard.conversion_table import ConversionTable
-from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel
 from autoshard.equation_builders import TensorInfo
 from autoshard.errors import ConstraintError
@@ -91,7 +90,7 @@ class SearchSpace:
         given = [self.fixed[producer(operand)] for operand in tensor_operands(node)]
         values = [facts(p).values[k] for p, k in map(producer, tensor_operands(node))]
         if facts(node).is_constant:
-            whole = without_gradient(native_layout(self.program.mesh.ndim, False))
+            whole = native_layout(self.program.mesh.ndim, False)
             options = [c for c in self.table.of_op(node) if all(x == whole for x in (*c.inputs, *c.outputs))]
         else:
             options = self.table.of_op(node)

@@ -6,18 +6,17 @@ another wanted layout. A value that is pinned is converted to the pin first and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from autoshard import runtime
 from autoshard.candidates import leaving_layout
-from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments
+from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments, without_gradient
 from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
-from autoshard.placements import I, Layout, R, format_layout
+from autoshard.placements import Layout, format_layout
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
 
 
@@ -48,17 +47,13 @@ class InsertCollectives:
         operands, ndim = tensor_operands(node), program.mesh.ndim
         if facts(node).role == "op":
             columns = zip(*(strategy.inputs for strategy in facts(node).strategies), strict=True) if operands else ()
-            return [tuple(c) if facts(o).needs_grad else _plain(c) for o, c in zip(operands, columns, strict=True)]
+            return [tuple(c) if facts(o).needs_grad else without_gradient(tuple(c)) for o, c in zip(operands, columns, strict=True)]
         if facts(node).role == "update":
             return [native_layout(ndim, False) for _ in operands]
         return [self._leaving(facts(o)) for o in operands]
 
     def _leaving(self, known: Facts) -> Layout:
         return leaving_layout(known.hub if known.is_pinned and known.hub else known.layout, known.value, self.wants_whole_outputs)
-
-
-def _plain(layout: Sequence) -> Layout:
-    return tuple(R if p == I else p for p in layout)
 
 
 class _Router:
