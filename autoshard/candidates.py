@@ -10,12 +10,12 @@ from torch import fx
 
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel, split_of
-from autoshard.equation_builders import Call, TensorInfo
 from autoshard.equations import Equation, Strategy, divides, strategies
 from autoshard.errors import RuleError
+from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.placements import I, Layout, Placement, R, S, local_shape
 from autoshard.program import Program, call_of, facts, op_name
-from autoshard.rules import Rule, rule_of
+from autoshard.rules import rule_of
 from autoshard.traffic import meter, seconds_inside
 
 _MOST_SEGMENTS = 64
@@ -140,8 +140,8 @@ def settle(strategy: Strategy, rule: Rule | None) -> Strategy:
 
 
 def base(factor: str) -> str:
-    """Name of a factor without its number: `b.1` is `b`, `d0` is `d`."""
-    return factor.partition(".")[0].rstrip("0123456789")
+    """Name of a factor without its number: `b.1` is `b`, `d0` is `d`, `x1&y1` is `x&y`."""
+    return "&".join(name.partition(".")[0].rstrip("0123456789") for name in factor.split("&"))
 
 
 def layouts_of(joint: Iterable[Strategy], values: Sequence[TensorInfo], inputs: int) -> list[Layout]:

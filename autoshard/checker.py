@@ -17,9 +17,9 @@ from autoshard.candidates import base, bound_rule, is_storable, layouts_of, lowe
 from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
 from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
+from autoshard.ops.row import Rule
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
 from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, draws_random, facts, op_of, producer, tensor_operands
-from autoshard.rules import Rule
 
 
 def check(program: Program) -> None:

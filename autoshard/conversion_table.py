@@ -15,7 +15,7 @@ import numpy as np
 
 from autoshard.conversions import BY_KINDS, without_gradient
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, Placement, R
 
 _KINDS = "SPRI"

@@ -16,12 +16,11 @@ from functools import cached_property
 import torch
 
 from autoshard.conversions import COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
-from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Equation, Strategy
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import Rule, TensorInfo
 from autoshard.placements import Layout
-from autoshard.rules import Rule
 
 OPTIMIZER_PASSES = 7
 STATE_TENSORS = 4  # parameter, gradient and two moments

@@ -4,11 +4,14 @@
     layer_norm    b* [n], [n], [n] -> b* [n]
     view          b (t n d) -> b t n d
     chunk         b* q|k|v -> b* q, b* k, b* v
+    avg_pool1d    b* [x] -> b* [y]; x&y
 
 A term per dim of an operand: `i` a factor; `b*` any number of dims, each a factor of its own; `[n]` a factor that stays
 whole; `(a b)` a dim made of several factors, major first; `q|k|v` a dim that is the concatenation of several, which
 are split together; `1` a dim without a factor. A factor that no output has is summed over. Marks on operands:
-`~` the op is linear in this operand (jointly with the additive ones); `+` an additive operand.
+`~` the op is linear in this operand (jointly with the additive ones); `+` an additive operand. After `;` stand factors
+that a lowering splits together on one axis, `x&y`, whether or not each may be split by itself; an operand with several
+of them is split along the first.
 
 On one axis of n ranks, the sound strategies are
     1. inputs I -> outputs I, and inputs R -> outputs R (the work is done n times);
@@ -49,7 +52,9 @@ class Equation:
     outputs: tuple[Operand, ...]
     sizes: Mapping[str, int]
     whole: frozenset[str] = frozenset()
-    joined: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors that are split together
+    joined: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors that lie one after the other in a dim
+    linked: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors of different dims that are split together
+    limits: Mapping[str, int] = field(default_factory=dict)  # most pieces of a factor or (`x&y`) of a linked group
     termless: frozenset[int] = frozenset()  # positions, inputs first, of operands and outputs that cannot be P
     ordered: frozenset[str] = frozenset()  # factors that may not be split in segments
 
@@ -80,15 +85,23 @@ _TERM = re.compile(rf"\(\s*({_NAME}(?:\s+{_NAME})*)\s*\)|\[({_NAME}\*?)\]|({_NAM
 class _Template:
     inputs: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
     outputs: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
+    linked: tuple[tuple[str, ...], ...]
 
 
 @cache
 def parse(text: str) -> _Template:
     """Read the notation. Raises RuleError that shows the part it cannot read."""
-    left, arrow, right = text.partition("->")
+    body, _, links = text.partition(";")
+    left, arrow, right = body.partition("->")
     if not arrow:
         raise RuleError(f"rule {text!r} has no '->' between its inputs and its outputs")
-    return _Template(tuple(map(_parse_operand, _operands(left))), tuple(map(_parse_operand, _operands(right) or [""])))
+    inputs, outputs = tuple(map(_parse_operand, _operands(left))), tuple(map(_parse_operand, _operands(right) or [""]))
+    linked = tuple(tuple(part.split("&")) for part in _operands(links))
+    named = {name.rstrip("*") for _, terms in (*inputs, *outputs) for _, names in terms for name in names}
+    unknown = [name for group in linked for name in group if name.partition(".")[0] not in named]
+    if unknown or any(len(group) < 2 for group in linked):
+        raise RuleError(f"rule {text!r} links {unknown or links!r}; write factors of its operands, as in 'b* [x] -> b* [y]; x&y'")
+    return _Template(inputs, outputs, linked)
 
 
 def _operands(text: str) -> list[str]:
@@ -145,7 +158,9 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
             where = f"an output has length 1 along {lost[0]!r}"
             raise RuleError(f"rule {text!r} does not fit shapes {shapes}: {where}; write 1 there if it is reduced")
         bound.append(Operand(kept, joined, mark == "+", mark == "~"))
-    return Equation(tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)))
+    return Equation(
+        tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)), template.linked
+    )
 
 
 def _expand(operand: tuple, shape: tuple[int, ...], whole: set[str], text: str) -> tuple[list[Dim], tuple[bool, ...], str]:
@@ -194,31 +209,39 @@ def _product(values: Iterable[int]) -> int:
 def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[tuple[int, ...]]] | None = None) -> list[Strategy]:
     """Every sound strategy on an axis of `n` ranks. `segmentations` proposes segments for plain dims, by dim size."""
     count, outs = len(equation.inputs), len(equation.outputs)
-    found = [Strategy((R,) * count, (R,) * outs), Strategy((I,) * count, (I,) * outs)]
+    found: list[Strategy | None] = [Strategy((R,) * count, (R,) * outs), Strategy((I,) * count, (I,) * outs)]
     groups = {name: group for group in equation.joined for name in group}
     for factor in equation.factors:
         group = groups.get(factor, (factor,))
-        if factor != group[0] or any(equation.sizes[name] % n or not equation.sizes[name] or name in equation.whole for name in group):
+        if factor != group[0] or equation.whole & set(group) or not _divides(equation, group, n):
             continue
         is_proposed = len(group) == 1 and factor not in equation.ordered
         proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if is_proposed else [()]
         for segments in proposals:
             if any(size % n for size in segments):
                 continue
-            strategy = _split(equation, group, segments)
-            if strategy is not None:
-                found.append(strategy)
+            found.append(_split(equation, group, segments))
+    found += [_split(equation, group, ()) for group in equation.linked if _divides(equation, group, n)]
     found += _partial(equation)
-    return [s for s in dict.fromkeys(found) if not any((*s.inputs, *s.outputs)[k] == P for k in equation.termless)]
+    sound = dict.fromkeys(strategy for strategy in found if strategy is not None)
+    return [s for s in sound if not any((*s.inputs, *s.outputs)[k] == P for k in equation.termless)]
+
+
+def _divides(equation: Equation, group: tuple[str, ...], n: int) -> bool:
+    """Whether `n` ranks may share a group of factors that are split together."""
+    within = n <= equation.limits.get("&".join(group) if group in equation.linked else group[0], n)
+    return within and all(equation.sizes[name] and equation.sizes[name] % n == 0 for name in group)
 
 
 def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]) -> Strategy | None:
-    """Strategy 2 for one factor (or one group of concatenated factors)."""
+    """Strategy 2 for one factor (or one group of concatenated or linked factors)."""
+    is_linked = group in equation.linked
     is_summed = not any(name in dim for operand in equation.outputs for dim in operand.dims for name in group)
     placements: list[Placement] = []
     for position, operand in enumerate((*equation.inputs, *equation.outputs)):
         is_output = position >= len(equation.inputs)
-        at = [k for k, dim in enumerate(operand.dims) if set(group) & set(dim)]
+        at = [k for name in group for k, dim in enumerate(operand.dims) if name in dim] if is_linked else []
+        at = at[:1] or [k for k, dim in enumerate(operand.dims) if set(group) & set(dim)]
         if len(at) > 1:
             return None
         if at:
@@ -228,7 +251,8 @@ def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]
             placements.append(split)
         else:
             placements.append(P if is_output or (operand.is_additive and is_summed) else R)
-    return Strategy(tuple(placements[: len(equation.inputs)]), tuple(placements[len(equation.inputs) :]), group[0])
+    name = "&".join(group) if is_linked else group[0]
+    return Strategy(tuple(placements[: len(equation.inputs)]), tuple(placements[len(equation.inputs) :]), name)
 
 
 def _placement(equation: Equation, operand: Operand, k: int, group: tuple[str, ...], segments: tuple[int, ...]) -> Placement | None:
@@ -256,5 +280,10 @@ def divides(equation: Equation, factors: Sequence[str], sizes: Sequence[int]) ->
     ways: dict[str, int] = {}
     for factor, n in zip(factors, sizes, strict=True):
         ways[factor] = ways.get(factor, 1) * n
-    groups = {group[0]: group for group in equation.joined}
-    return not any(equation.sizes[name] % n for factor, n in ways.items() if factor for name in groups.get(factor, (factor,)))
+    groups = {group[0]: group for group in equation.joined} | {"&".join(group): group for group in equation.linked}
+    total: dict[str, int] = {}
+    for factor, n in ways.items():
+        for name in groups.get(factor, (factor,)) if factor else ():
+            total[name] = total.get(name, 1) * n
+    within = all(n <= equation.limits.get(factor, n) for factor, n in ways.items())
+    return within and not any(equation.sizes[name] % n for name, n in total.items())

@@ -1,6 +1,6 @@
 """Runs an emitted program: torchrun --nproc-per-node N run.py [--steps 3] [--weights model.pt] [--device auto].
 
-Stands in the emitted folder as run.py beside program.py, autoshard_runtime.py and plan.json; needs torch and nothing else.
+Stands in the emitted folder as run.py beside program.py, autoshard_runtime and plan.json; needs torch and nothing else.
 Every rank cuts its part of each parameter out of the weights (memory-mapped, one at a time) or out of small seeded random
 values, and runs forward and backward on seeded random inputs, the same on all ranks.
 """

@@ -35,7 +35,7 @@ class MeshSpec:
         for name, size in zip(self.axes, self.shape, strict=True):
             if not name.isidentifier():
                 raise MeshError(f"mesh axis {name!r} is not a name; use letters, digits and underscores, e.g. 'dp'")
-            if keyword.iskeyword(name) or name in _RESERVED or hasattr(runtime, name):
+            if keyword.iskeyword(name) or name in _RESERVED or callable(getattr(runtime, name, None)):
                 raise MeshError(f"mesh axis {name!r} is a word that emitted programs use otherwise; choose another, e.g. 'dp'")
             if size < 1:
                 raise MeshError(f"mesh axis {name!r} has size {size}; sizes start at 1")

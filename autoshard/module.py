@@ -22,10 +22,10 @@ from autoshard import runtime
 from autoshard.agreement import agree, content, sample
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.plan_file import digest

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from autoshard import plan_file
 from autoshard.checker import check
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
@@ -155,7 +155,7 @@ class Plan:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "program.py").write_text(self.program.source)
-        shutil.copyfile(_HERE / "runtime.py", folder / "autoshard_runtime.py")
+        shutil.copytree(_HERE / "runtime", folder / "autoshard_runtime", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(_HERE / "launcher.py", folder / "run.py")
         self.save(folder / "plan.json")
         return folder

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Strategy
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.mesh import MeshSpec
+from autoshard.ops import RULES
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import Placement, format_layout, parse_layout
 from autoshard.plan_schema import FUNCTIONS, check_body, check_facts, check_node, check_spec, require
 from autoshard.program import Facts, Program, Source, facts, set_facts
-from autoshard.rules import RULES
 from autoshard.torch_internals import pytree
 
 VERSION = 1

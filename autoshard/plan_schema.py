@@ -19,13 +19,10 @@ from autoshard import runtime
 from autoshard.conversions import BY_NAME
 from autoshard.errors import PlanError
 from autoshard.mesh import MeshSpec
+from autoshard.ops import RULES, lowerings
 from autoshard.program import Facts, Role
-from autoshard.rules import RULES
 
-FUNCTIONS = {
-    name: getattr(runtime, name)
-    for name in (*BY_NAME, *sorted({rule.lowering.function for rule in RULES.values() if rule.lowering is not None}))
-}
+FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *lowerings())}
 _KINDS = {
     "placeholder": {"parameter", "buffer", "input"},
     "output": {"output"},

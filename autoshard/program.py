@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from autoshard.equation_builders import Call, TensorInfo
+from autoshard import runtime
 from autoshard.equations import Strategy
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import I, Layout, R
 
 Role = Literal["parameter", "buffer", "input", "op", "conversion", "projection", "update", "output"]
@@ -91,6 +92,11 @@ def op_name(node: fx.Node) -> str:
     """`aten.linear.default` for a torch op, the plain name for a function."""
     target = op_of(node)
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def is_of_runtime(target: Any) -> bool:
+    """Whether a node calls a conversion or a lowering rather than a torch op."""
+    return getattr(target, "__module__", "").startswith(runtime.__name__)
 
 
 @dataclass

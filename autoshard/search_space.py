@@ -22,8 +22,8 @@ from autoshard.candidates import Candidate, CandidateTable, leaving_layout
 from autoshard.constraints import Pin
 from autoshard.conversion_table import ConversionTable
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import ConstraintError
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, Layout, P, Placement, R
 from autoshard.program import Program, facts, native_layout, producer, tensor_operands
 from autoshard.solver import Problem

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard import runtime
 from autoshard.mesh import MeshSpec
 from autoshard.placements import shard, unshard
-from autoshard.program import Program, arguments, facts
+from autoshard.program import Program, arguments, facts, is_of_runtime
 from autoshard.runtime import Collective, cut, join, mix, seeded
 
 
@@ -232,7 +231,7 @@ def _spread(tensor: torch.Tensor, node: fx.Node, program: Program) -> Ranks:
 def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int | None) -> Any:
     known, target = facts(node), node.target
     args, kwargs = lookup(node.args), lookup(node.kwargs)
-    if getattr(target, "__module__", "") == runtime.__name__:
+    if is_of_runtime(target):
         args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
         return target(*args, **kwargs)  # type: ignore[operator]

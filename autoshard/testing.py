@@ -22,11 +22,11 @@ from torch import Tensor, fx, nn
 
 from autoshard.candidates import Candidate, CandidateTable
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
 from autoshard.equations import Strategy
 from autoshard.errors import RuleError
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import TensorInfo
 from autoshard.passes.localize_shapes import LocalizeShapes
 from autoshard.placements import Layout, P, R, shard
 from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, tensor_operands

@@ -12,8 +12,8 @@ from torch import fx
 from autoshard import runtime
 from autoshard.conversions import BY_NAME, WIRE, Step
 from autoshard.costs import CostModel
-from autoshard.equation_builders import Call, TensorInfo
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import Layout, local_shape
 from autoshard.program import Program, call_of, facts, tensor_operands
 from autoshard.runtime import Collective

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard import runtime
 from autoshard.conversions import BY_NAME
+from autoshard.ops import lowerings
 from autoshard.placements import format_layout
-from autoshard.program import Facts, Program, facts
+from autoshard.program import Facts, Program, facts, is_of_runtime
 from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
@@ -37,7 +37,7 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_forward(program)]
         used = {word for line in body for word in _NAME.findall(line.partition("  # ")[0])}
-        imported = sorted(name for name in (*BY_NAME, "embedding", "cross_entropy", "batch_norm", "mean") if name in used)
+        imported = sorted(used & {*BY_NAME, *lowerings()})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -170,7 +170,7 @@ def _expression(node: fx.Node, known: Facts) -> str:
     if target in _OPERATORS and len(args) == 2 and not node.kwargs:
         return f"{args[0]} {_OPERATORS[target]} {args[1]}"
     keywords = [f"{key}={_axes(value) if key.endswith('_axes') else _value(value)}" for key, value in node.kwargs.items()]  # type: ignore[arg-type]
-    if getattr(node.target, "__module__", "") == runtime.__name__:
+    if is_of_runtime(node.target):
         return f"{node.target.__name__}({', '.join([*args, *keywords])})"  # type: ignore[union-attr]
     name = target if target.startswith("aten.") else f"torch.ops.{target}"
     if known.random_axes is not None:

@@ -14,9 +14,9 @@ from torch import fx
 from autoshard import runtime
 from autoshard.candidates import base, bound_rule, lowered_axes
 from autoshard.equations import Equation
+from autoshard.ops.row import Rule
 from autoshard.placements import local_shape
 from autoshard.program import Program, arguments, call_of, draws_random, facts, set_argument
-from autoshard.rules import Rule
 
 
 @dataclass(frozen=True)

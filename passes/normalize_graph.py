@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from autoshard.conversions import BY_NAME
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
+from autoshard.ops import lowerings
+from autoshard.ops.row import TensorInfo
 from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts
-from autoshard.rules import RULES
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
@@ -32,7 +32,7 @@ _CASTS = {
     "aten.lift_fresh_copy.default",
 }
 # What the emitted text itself calls by these names, besides the mesh axes.
-_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *(rule.lowering.function for rule in RULES.values() if rule.lowering)}
+_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import TraceError
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout
 from autoshard.program import Facts, Program, Source, baked_values, facts, set_facts
 from autoshard.torch_internals import fake_copy, fake_like, fake_mode, pytree, record_lost_backwards

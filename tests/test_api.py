@@ -95,7 +95,7 @@ def test_the_source_is_deterministic_python_that_imports_torch_and_its_runtime()
 def test_emit_writes_a_folder(tmp_path: Path) -> None:
     plan = plan_gpt("tp=2", "megatron")
     folder = plan.emit(tmp_path / "new" / "out")
-    assert sorted(path.name for path in folder.iterdir()) == ["autoshard_runtime.py", "plan.json", "program.py", "run.py"]
+    assert sorted(path.name for path in folder.iterdir()) == ["autoshard_runtime", "plan.json", "program.py", "run.py"]
     assert (folder / "program.py").read_text() == plan.source()
     assert autoshard.Plan.load(folder / "plan.json").source() == plan.source()
     assert plan.emit(folder) == folder

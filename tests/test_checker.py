@@ -23,8 +23,8 @@ import autoshard
 from autoshard import runtime
 from autoshard.checker import check, faults_of
 from autoshard.conversions import CONVERSIONS
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import PlacementError
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, P, Placement, R, S
 from autoshard.program import Program, facts, set_facts
 from autoshard.rules import rule_of

@@ -13,9 +13,9 @@ from torch.distributed.tensor import Shard
 
 from autoshard.candidates import is_storable, leaving_layout
 from autoshard.dtensors import torch_placements
-from autoshard.equation_builders import TensorInfo
 from autoshard.errors import PlacementError
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, Layout, P, Placement, R, S, format_layout, local_shape, parse_layout, shard, unshard
 
 MESHES = [

@@ -15,9 +15,9 @@ import autoshard
 from autoshard.constraints import template_constraints
 from autoshard.conversion_table import ConversionTable
 from autoshard.costs import CostModel
-from autoshard.equation_builders import TensorInfo
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
+from autoshard.ops.row import TensorInfo
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
 from autoshard.placements import I, Layout, P, R, S, local_shape
 from autoshard.program import Program, facts, op_name

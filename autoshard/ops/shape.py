@@ -1,0 +1,170 @@
+"""Ops that move, join and cut dims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoshard.ops.row import Call, Rule, Sized, TensorInfo, dims_of, letters, rows, spell
+
+
+def reshape(call: Call) -> Sized:
+    """Common refinement of both shapes: `(a b) c -> a (b c)`; dims that share no refinement stay whole."""
+    source, target = list(call.inputs[0].shape), list(call.outputs[0].shape)
+    sizes: dict[str, int] = {}
+    left: list[list[str]] = [[] for _ in source]
+    right: list[list[str]] = [[] for _ in target]
+    i = j = 0
+    a, b = _at(source, 0), _at(target, 0)
+    while i < len(source) or j < len(target):
+        if a == 1 and i < len(source):
+            i, a = i + 1, _at(source, i + 1)
+        elif b == 1 and j < len(target):
+            j, b = j + 1, _at(target, j + 1)
+        elif not a or not b or (a % b and b % a):
+            return _whole_reshape(source, target)
+        else:
+            name = f"f{len(sizes)}"
+            sizes[name] = min(a, b)
+            left[i].append(name)
+            right[j].append(name)
+            a, b = a // sizes[name], b // sizes[name]
+    return f"~{_spell(left)} -> {_spell(right)}", sizes
+
+
+def _at(shape: Sequence[int], k: int) -> int:
+    return shape[k] if k < len(shape) else 1
+
+
+def _whole_reshape(source: Sequence[int], target: Sequence[int]) -> Sized:
+    """Leading dims that agree are factors of their own, the rest is whole."""
+    same = 0
+    while same < min(len(source), len(target)) and source[same] == target[same]:
+        same += 1
+    lead = letters(same, "f")
+    parts = [" ".join([*lead, *(f"[{n}]" for n in letters(len(shape) - same, letter))]) for shape, letter in ((source, "x"), (target, "y"))]
+    return f"~{parts[0]} -> {parts[1]}", {}
+
+
+def _spell(dims: Sequence[Sequence[str]]) -> str:
+    return " ".join("1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
+
+
+def squeeze(call: Call) -> str:
+    """Drops dims of length 1; a longer one that is named stays whole, since its pieces may have length 1."""
+    shape = call.inputs[0].shape
+    named = set(dims_of(call, "dim", len(shape))) if call.get("dim") != [] else set()
+    source = ["1" if k in named and size == 1 else f"[d{k}]" if k in named else f"d{k}" for k, size in enumerate(shape)]
+    return spell(["~" + " ".join(source)], [" ".join(term for term in source if term != "1")])
+
+
+def permute(call: Call) -> str:
+    """Dims in another order."""
+    ndim = len(call.inputs[0].shape)
+    order = list(range(ndim))
+    if "dim0" in call.arguments:
+        if ndim:
+            a, b = call.get("dim0") % ndim, call.get("dim1") % ndim
+            order[a], order[b] = order[b], order[a]
+    elif "dims" in call.arguments:
+        order = [dim % ndim for dim in call.get("dims")]
+    else:
+        order.reverse()
+    names = letters(ndim)
+    return spell(["~" + " ".join(names)], [" ".join(names[k] for k in order)])
+
+
+def expand(call: Call) -> str:
+    """Repeats dims of length 1, and adds dims in front."""
+    before, after = call.inputs[0].shape, call.outputs[0].shape
+    names = letters(len(after))
+    skipped = len(after) - len(before)
+    source = [n if before[k] == after[k + skipped] else "1" for k, n in enumerate(names[skipped:])]
+    return spell(["~" + " ".join(source)], [" ".join(names)])
+
+
+def resized_dims(call: Call) -> str:
+    """Dims whose length the op changes, or that it moves along, stay whole; the others are untouched."""
+    moved = set(dims_of(call, "dims", len(call.inputs[0].shape))) if call.get("dims") is not None else set()
+    padding = call.get("pad", ())  # two numbers per dim, the last dim first; (1, -1) moves a dim and keeps its length
+    moved |= {len(call.inputs[0].shape) - 1 - k // 2 for k, width in enumerate(padding) if width}
+    if call.op == "aten.diff.default":
+        moved.add(call.get("dim", -1) % len(call.inputs[0].shape))
+    shapes = [t.shape for t in (*call.inputs, *call.outputs)]
+    kept = [len({shape[k] for shape in shapes}) == 1 and k not in moved for k in range(len(shapes[0]))]
+    operand = [" ".join(f"d{k}" if keep else f"[m{k}x{t}]" for k, keep in enumerate(kept)) for t in range(len(shapes))]
+    mark = "~" if len(call.inputs) == 1 and not padding else ""
+    return spell([mark + operand[0], *operand[1:-1]], operand[-1:])
+
+
+def select(call: Call) -> str:
+    """Drops one dim, which stays whole."""
+    ndim = len(call.inputs[0].shape)
+    dim = call.get("dim") % ndim
+    names = letters(ndim)
+    source = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(names))
+    return spell(["~" + source], [" ".join(n for k, n in enumerate(names) if k != dim)])
+
+
+def _pieces(whole: TensorInfo, parts: Sequence[TensorInfo], dim: int) -> tuple[str, list[str], dict[str, int]]:
+    """The joined operand, its parts, and the sizes of the parts' factors."""
+    names = letters(len(whole.shape))
+    pieces = [f"q{k}" for k in range(len(parts))]
+    sizes = {piece: part.shape[dim] for piece, part in zip(pieces, parts, strict=True)}
+    long = " ".join("|".join(pieces) if k == dim and len(pieces) > 1 else pieces[0] if k == dim else n for k, n in enumerate(names))
+    short = [" ".join(piece if k == dim else n for k, n in enumerate(names)) for piece in pieces]
+    return long, short, sizes
+
+
+def split(call: Call) -> Sized:
+    """Pieces along one dim, all split together; an only piece stays whole, as its length is an argument."""
+    dim = call.get("dim", 0) % len(call.inputs[0].shape)
+    if len(call.outputs) == 1:
+        names = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(letters(len(call.inputs[0].shape))))
+        return spell(["~" + names], [names]), {}
+    long, short, sizes = _pieces(call.inputs[0], call.outputs, dim)
+    return spell(["~" + long], short), sizes
+
+
+def concatenate(call: Call) -> Sized:
+    """Joins along one dim, whose parts are split together."""
+    dim = call.get("dim", 0) % len(call.outputs[0].shape)
+    long, short, sizes = _pieces(call.outputs[0], call.inputs, dim)
+    return spell(["+" + piece for piece in short], [long]), sizes
+
+
+def unbind(call: Call) -> str:
+    """Takes one dim apart, which stays whole."""
+    ndim = len(call.inputs[0].shape)
+    dim = call.get("dim", 0) % ndim
+    names = letters(ndim)
+    out = " ".join(n for k, n in enumerate(names) if k != dim)
+    return spell(["~" + " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(names))], [out] * len(call.outputs))
+
+
+def stack(call: Call) -> str:
+    """A new dim, which stays whole."""
+    ndim = len(call.outputs[0].shape)
+    dim = call.get("dim", 0) % ndim
+    names = letters(ndim)
+    out = " ".join(f"[{n}]" if k == dim else n for k, n in enumerate(names))
+    return spell(["+" + " ".join(n for k, n in enumerate(names) if k != dim)] * len(call.inputs), [out])
+
+
+ROWS: dict[str, Rule] = {
+    # Shapes.
+    **rows("view _unsafe_view", Rule(reshape, shape="size")),
+    **rows("reshape", Rule(reshape, shape="shape")),
+    **rows("unflatten.int", Rule(reshape, shape="sizes")),
+    **rows("flatten.using_ints unsqueeze", Rule(reshape)),
+    **rows("expand", Rule(expand, shape="size")),
+    **rows("permute transpose.int t numpy_T", Rule(permute)),
+    **rows("squeeze.dim squeeze squeeze.dims", Rule(squeeze)),
+    **rows("slice.Tensor pad diff flip roll", Rule(resized_dims)),
+    **rows("select.int", Rule(select)),
+    **rows("chunk", Rule(split)),
+    **rows("split.Tensor", Rule(split, piece="split_size")),
+    **rows("split_with_sizes", Rule(split, piece="split_sizes")),
+    **rows("unbind.int", Rule(unbind)),
+    **rows("cat", Rule(concatenate)),
+    **rows("stack", Rule(stack)),
+}

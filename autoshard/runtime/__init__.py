@@ -1,0 +1,20 @@
+"""What emitted programs call: conversions between placements, lowered ops, seeded random ops. Imports torch alone.
+
+The folder is copied beside emitted programs as `autoshard_runtime`. Each family of ops has a file of lowerings: functions that replace
+an op where some of its factors are split, named by rows of autoshard.ops.
+"""
+
+from .axes import Axis as Axis
+from .axes import Collective as Collective
+from .axes import cut as cut
+from .axes import join as join
+from .axes import position as position
+from .axes import run as run
+from .conversions import *  # noqa: F403
+from .lookup import *  # noqa: F403
+from .loss import *  # noqa: F403
+from .normalization import *  # noqa: F403
+from .program import Program as Program
+from .program import mix as mix
+from .program import seeded as seeded
+from .reduction import *  # noqa: F403

@@ -1,0 +1,121 @@
+"""Axes of the mesh as a rank sees them, and what one direction of a conversion runs on its tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Segments = tuple[int, ...]
+
+
+class Collective(NamedTuple):
+    """What one direction of a conversion runs: a name, the dim (and for all_to_all the dim to cut) and their segments."""
+
+    name: str
+    dim: int = 0
+    segments: Segments = ()
+    cut_dim: int = 0
+    cut_segments: Segments = ()
+
+
+class Axis(NamedTuple):
+    """One axis of the mesh as this rank sees it; `group` is the name of its process group."""
+
+    name: str
+    size: int
+    rank: int
+    group: str
+
+    def convert(self, x: Tensor, forward: Collective, backward: Collective) -> Tensor:
+        """Run `forward` now and `backward` on the gradient."""
+        if self.size == 1:
+            return x
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return run(forward, x, self)
+        return _Convert.apply(x, self, forward, backward)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Elementwise maximum over the axis; no gradient."""
+        return x.detach() if self.size == 1 else wait(torch.ops._c10d_functional.all_reduce(x.detach().contiguous(), "max", self.group))
+
+
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
+        ctx.axis, ctx.forward_collective, ctx.backward_collective = axis, forward, backward
+        result = run(forward, x, axis)
+        return result.view_as(result) if result is x else result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None
+
+
+def cut(x: Tensor, dim: int, segments: Sequence[int], parts: int) -> list[Tensor]:
+    """The `parts` pieces of `x` along `dim`, each holding its share of every segment."""
+    if len(segments) < 2:
+        return list(x.chunk(parts, dim))
+    columns = [segment.chunk(parts, dim) for segment in x.split(list(segments), dim)]
+    return [torch.cat(piece, dim) for piece in zip(*columns, strict=True)]
+
+
+def join(pieces: Sequence[Tensor], dim: int, segments: Sequence[int]) -> Tensor:
+    """Inverse of cut."""
+    if len(segments) < 2:
+        return torch.cat(list(pieces), dim)
+    lengths = [size // len(pieces) for size in segments]
+    columns = [piece.split(lengths, dim) for piece in pieces]
+    return torch.cat([part for segment in zip(*columns, strict=True) for part in segment], dim)
+
+
+def wait(x: Tensor) -> Tensor:
+    """The result of a functional collective, when it is there."""
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
+    """Run one collective on this rank's tensor."""
+    name, dim, segments, cut_dim, cut_segments = collective
+    ops = torch.ops._c10d_functional
+    if name == "identity":
+        return x
+    if name == "all_gather":
+        whole = wait(ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
+        return whole if dim == 0 and not segments and x.dim() else join(whole.chunk(axis.size), dim, segments)
+    if name == "reduce_scatter":
+        pieces = x.contiguous() if dim == 0 and not segments else torch.cat(cut(x, dim, segments, axis.size))
+        return wait(ops.reduce_scatter_tensor(pieces, "sum", axis.size, axis.group))
+    if name == "all_reduce":
+        return wait(ops.all_reduce(x.contiguous(), "sum", axis.group))
+    if name == "all_to_all":
+        sent = torch.cat([piece.flatten() for piece in cut(x, cut_dim, cut_segments, axis.size)])
+        splits = [sent.numel() // axis.size] * axis.size
+        got = wait(ops.all_to_all_single(sent, splits, splits, axis.group)).chunk(axis.size)
+        shape = [size // axis.size if k == cut_dim else size for k, size in enumerate(x.shape)]
+        return join([piece.view(shape) for piece in got], dim, segments)
+    if name == "slice":
+        return cut(x, dim, segments, axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)  # a view would keep all of x
+    if name == "place":
+        return join([x if rank == axis.rank else torch.zeros_like(x) for rank in range(axis.size)], dim, segments)
+    if name == "keep_first":
+        return x if axis.rank == 0 else torch.zeros_like(x)
+    raise ValueError(f"unknown collective {name!r}")
+
+
+def position(axes: Sequence[Axis]) -> int:
+    """Number of this rank among those that split a dim on `axes`, outermost first."""
+    index = 0
+    for axis in axes:
+        index = index * axis.size + axis.rank
+    return index
+
+
+def ways(axes: Sequence[Axis]) -> int:
+    """How many pieces a dim has that is split on `axes`."""
+    total = 1
+    for axis in axes:
+        total *= axis.size
+    return total

@@ -1,0 +1,126 @@
+"""Conversions between placements.
+
+A conversion takes the local tensor, the mesh axis, and the dims that it gathers or cuts. Its backward is its dual. On two
+ranks holding A and B (`=>` forward, `<=` backward):
+
+    all_gather             A | B  =>  AB | AB        reduce_scatter  <=
+    all_gather_invariant   A | B  =>  AB | AB        slice           <=
+    all_reduce             A | B  =>  A+B | A+B      all_reduce      <=
+    all_reduce_invariant   A | B  =>  A+B | A+B      identity        <=
+    reduce_scatter         AC | BD  =>  A+B | C+D    all_gather      <=
+    vary                   A | A  =>  A | A          all_reduce      <=
+    slice_invariant        AB | AB  =>  A | B        all_gather      <=
+    keep_first_invariant   A | A  =>  A | 0          identity        <=
+    unvary                 A | A  =>  A | A          keep_first      <=
+    slice_varying          AB | AB  =>  A | B        place           <=
+    place                  A | B  =>  A0 | 0B        slice           <=
+    keep_first             A | A  =>  A | 0          keep_first      <=
+    all_to_all             AC | BD  =>  AB | CD      all_to_all      <=
+
+Segments are sizes along a dim that are cut each by itself; () cuts the dim as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .axes import Axis, Collective, Segments
+
+__all__ = [
+    "all_gather",
+    "all_gather_invariant",
+    "all_reduce",
+    "all_reduce_invariant",
+    "all_to_all",
+    "keep_first",
+    "keep_first_invariant",
+    "place",
+    "reduce_scatter",
+    "slice_invariant",
+    "slice_varying",
+    "unvary",
+    "vary",
+]
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """S(dim) -> R."""
+    return axis.convert(x, Collective("all_gather", dim, segments), Collective("reduce_scatter", dim, segments))
+
+
+def all_gather_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """S(dim) -> I."""
+    return axis.convert(x, Collective("all_gather", dim, segments), Collective("slice", dim, segments))
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """P -> R."""
+    return axis.convert(x, Collective("all_reduce"), Collective("all_reduce"))
+
+
+def all_reduce_invariant(x: Tensor, axis: Axis) -> Tensor:
+    """P -> I (Megatron's g)."""
+    return axis.convert(x, Collective("all_reduce"), Collective("identity"))
+
+
+def reduce_scatter(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """P -> S(dim)."""
+    return axis.convert(x, Collective("reduce_scatter", dim, segments), Collective("all_gather", dim, segments))
+
+
+def vary(x: Tensor, axis: Axis) -> Tensor:
+    """I -> R (Megatron's f)."""
+    return axis.convert(x, Collective("identity"), Collective("all_reduce"))
+
+
+def slice_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """I -> S(dim)."""
+    return axis.convert(x, Collective("slice", dim, segments), Collective("all_gather", dim, segments))
+
+
+def keep_first_invariant(x: Tensor, axis: Axis) -> Tensor:
+    """I -> P."""
+    return axis.convert(x, Collective("keep_first"), Collective("identity"))
+
+
+def unvary(x: Tensor, axis: Axis) -> Tensor:
+    """R -> I."""
+    return axis.convert(x, Collective("identity"), Collective("keep_first"))
+
+
+def slice_varying(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """R -> S(dim)."""
+    return axis.convert(x, Collective("slice", dim, segments), Collective("place", dim, segments))
+
+
+def place(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+    """S(dim) -> P."""
+    return axis.convert(x, Collective("place", dim, segments), Collective("slice", dim, segments))
+
+
+def keep_first(x: Tensor, axis: Axis) -> Tensor:
+    """R -> P."""
+    return axis.convert(x, Collective("keep_first"), Collective("keep_first"))
+
+
+def all_to_all(x: Tensor, axis: Axis, dim: int, segments: Segments, cut_dim: int, cut_segments: Segments) -> Tensor:
+    """S(dim) -> S(cut_dim)."""
+    return axis.convert(
+        x, Collective("all_to_all", dim, segments, cut_dim, cut_segments), Collective("all_to_all", cut_dim, cut_segments, dim, segments)
+    )
+
+
+def sum_over(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """The sum over ranks of `axes`, to be used differently on each rank (R)."""
+    for axis in axes:
+        x = all_reduce(x, axis)
+    return x
+
+
+def total(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """The sum over ranks of `axes`, to be used alike on each rank (I)."""
+    for axis in axes:
+        x = all_reduce_invariant(x, axis)
+    return x

@@ -1,0 +1,68 @@
+"""The base of emitted programs, and seeded random ops."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import Axis
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed that differs whenever any of `numbers` does."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()) >> 1
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Run random ops on `device` from `seed`, and leave the default generator as it was."""
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+        if on_cpu:
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
+class Program:
+    """Base of emitted programs: the tensors that a rank holds, its axes, and the seed of this step.
+
+    tensor: a local parameter or buffer by the model's name. Random ops draw from a seed made of the step, the place in the
+    program and the rank's position on the axes that split the value: ranks that hold the same value draw the same
+    numbers, ranks that hold different pieces draw different ones.
+    """
+
+    def __init__(
+        self, axes: Sequence[Axis], tensor: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.axes = tuple(axes)
+        self.tensor = tensor
+        self.device = device
+        self.seed = seed
+        self._constants: dict[str, Tensor] | None = None
+
+    def constants(self) -> dict[str, Tensor]:
+        """What depends on no input and no parameter; overridden by programs that have any."""
+        return {}
+
+    def constant(self, name: str) -> Tensor:
+        if self._constants is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._constants = self.constants()
+        return self._constants[name]
+
+    def forget_constants(self) -> None:
+        """Compute constants anew at the next step, after buffers or the device changed."""
+        self._constants = None
+
+    @torch.compiler.disable  # seeds differ at every step: compiled in, each would be a new graph
+    def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the random op `op` at place `site` of the program on a value that `axes` split."""
+        with seeded(mix(self.seed(), site, *(number for axis in axes for number in (axis.size, axis.rank))), self.device):
+            return op(*args, **kwargs)
