@@ -17,7 +17,7 @@ from autoshard.candidates import base, bound_rule, is_storable, layouts_of, lowe
 from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
 from autoshard.equations import divides, strategies
 from autoshard.errors import PlacementError
-from autoshard.ops.row import Rule
+from autoshard.ops.row import Rule, is_differentiable
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
 from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, draws_random, facts, op_of, producer, tensor_operands
 
@@ -118,7 +118,7 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     layouts = [*(facts(operand).layout for operand in operands), *known.layouts]
     flows = carries_gradient(node)
     for k, value in enumerate(known.values):
-        if value.needs_grad != (flows and value.dtype.is_floating_point):
+        if value.needs_grad != (flows and is_differentiable(value.dtype)):
             claims = "claims a gradient that it does not have" if value.needs_grad else "denies the gradient that its operands have"
             yield f"output {k} {claims}"
     rule, equation = bound_rule(node)

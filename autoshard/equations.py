@@ -138,12 +138,13 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
     Raises RuleError when ranks or sizes do not fit. Dims of size 1 against a larger factor broadcast.
     """
     template = parse(text)
-    if len(template.inputs) < len(inputs) or len(template.outputs) != len(outputs):
+    if 0 < len(template.inputs) < len(inputs) or len(template.outputs) != len(outputs):
         described = f"{len(template.inputs)} inputs and {len(template.outputs)} outputs"
         raise RuleError(f"rule {text!r} describes {described}, got {len(inputs)} and {len(outputs)}")
     found: dict[str, int] = dict(sizes or {})
     whole: set[str] = set()
-    operands, shapes = [*template.inputs[: len(inputs)], *template.outputs], [tuple(s) for s in (*inputs, *outputs)]
+    given = template.inputs or (("", ()),) * len(inputs)  # ` -> ` also describes operands without dims
+    operands, shapes = [*given[: len(inputs)], *template.outputs], [tuple(s) for s in (*inputs, *outputs)]
     expanded = [_expand(mark_terms, shape, whole, text) for mark_terms, shape in zip(operands, shapes, strict=True)]
     plainest_first = sorted(zip(expanded, shapes, strict=True), key=lambda pair: max((len(dim) for dim in pair[0][0]), default=0))
     for (dims, joined, _), shape in plainest_first:

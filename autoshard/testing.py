@@ -26,7 +26,7 @@ from autoshard.equations import Strategy
 from autoshard.errors import RuleError
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
-from autoshard.ops.row import TensorInfo
+from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.passes.localize_shapes import LocalizeShapes
 from autoshard.placements import Layout, P, R, shard
 from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, tensor_operands
@@ -219,8 +219,8 @@ def difference(pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh:
         term = _along(at, layout, "SRI")
         totals[term] = totals[term] + piece.detach() if term in totals else piece.detach()
     largest = max(_distance(totals[_along(at, layout, "SRI")], want) for at, want in zip(mesh.coordinates(), wanted, strict=True))
-    finite = expected[expected.isfinite()].double().abs()
-    allowed = relative * max(1.0, float(finite.max()) if finite.numel() else 1.0) if expected.is_floating_point() else 0.0
+    finite = _wide(expected[expected.isfinite()]).abs()
+    allowed = relative * max(1.0, float(finite.max()) if finite.numel() else 1.0) if is_differentiable(expected.dtype) else 0.0
     return f"differs by {largest:.2g}" if largest > allowed else ""
 
 
@@ -238,7 +238,7 @@ def _failure(case: OpCase, candidate: Candidate) -> str:
             checks.append((f"gradient of {name}", local, dual(layout), gradient))
         else:
             checks.append((f"{name} after the op", pieces, layout, after))
-    precisions = [torch.finfo(x.dtype).eps for x in (*case.operands, *case.outputs) if x.is_floating_point()]
+    precisions = [torch.finfo(x.dtype).eps for x in (*case.operands, *case.outputs) if is_differentiable(x.dtype)]
     relative = max(1e-16, *precisions) ** 0.5 if precisions else 0.0
     for name, pieces, layout, expected in checks:
         if text := difference(pieces, layout, expected, case.mesh, relative):
@@ -265,18 +265,22 @@ def _along(coordinate: Sequence[int], layout: Layout, kinds: str) -> tuple[int, 
 
 def _distance(a: Tensor, b: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
-    apart = torch.where(same, 0.0, (a.double() - b.double()).abs())
+    apart = torch.where(same, 0.0, (_wide(a) - _wide(b)).abs())
     return float(apart.nan_to_num(nan=torch.inf).max()) if apart.numel() else 0.0
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def _random_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    if x.is_floating_point():
+    if is_differentiable(x.dtype):
         return torch.randn(x.shape, dtype=x.dtype, generator=generator)
     return torch.randint(-128, 128, x.shape, dtype=x.dtype, generator=generator)
 
 
 def _wants_gradient(x: Tensor) -> bool:
-    return x.dtype == torch.float64 and not isinstance(x, nn.Buffer)
+    return x.dtype in (torch.float64, torch.complex128) and not isinstance(x, nn.Buffer)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import fx
 from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
 from autoshard.ops import lowerings
-from autoshard.ops.row import TensorInfo
+from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts
 
 aten = torch.ops.aten
@@ -232,7 +232,7 @@ class _Writer:
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
         node = self._create("call_function", target, args, kwargs, Facts("op", old.values, source=old.source))
         flows = carries_gradient(node)
-        facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and v.dtype.is_floating_point) for v in old.values)
+        facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and is_differentiable(v.dtype)) for v in old.values)
         return node
 
     def _create(self, op: str, target: Any, args: tuple, kwargs: dict, new: Facts, name: str = "") -> fx.Node:

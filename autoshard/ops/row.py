@@ -13,6 +13,11 @@ import torch
 from autoshard.equations import Equation, bind
 
 
+def is_differentiable(dtype: torch.dtype) -> bool:
+    """Whether values of this dtype can have a gradient."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Global shape and dtype of a tensor, and whether a gradient flows to it."""
@@ -82,7 +87,7 @@ class Rule:
 
 def _has_terms(dtype: torch.dtype) -> bool:
     """A bool is no sum, and sums of small integers wrap around, which a later conversion to a wider type would see."""
-    return dtype.is_floating_point or dtype.itemsize >= 4
+    return is_differentiable(dtype) or dtype.itemsize >= 4
 
 
 def rows(names: str, rule: Rule) -> dict[str, Rule]:

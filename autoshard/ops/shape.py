@@ -65,12 +65,27 @@ def permute(call: Call) -> str:
         if ndim:
             a, b = call.get("dim0") % ndim, call.get("dim1") % ndim
             order[a], order[b] = order[b], order[a]
+    elif "axis0" in call.arguments:
+        a, b = call.get("axis0") % ndim, call.get("axis1") % ndim
+        order[a], order[b] = order[b], order[a]
+    elif "source" in call.arguments:
+        order = _moved(ndim, call.get("source"), call.get("destination"))
     elif "dims" in call.arguments:
         order = [dim % ndim for dim in call.get("dims")]
+    elif call.op != "aten.numpy_T.default" and ndim > 1:  # mT, mH, adjoint, matrix_H: the last two dims
+        order[-2:] = [ndim - 1, ndim - 2]
     else:
         order.reverse()
     names = letters(ndim)
     return spell(["~" + " ".join(names)], [" ".join(names[k] for k in order)])
+
+
+def _moved(ndim: int, source: int | Sequence[int], destination: int | Sequence[int]) -> list[int]:
+    """The order of dims after those of `source` went to the places of `destination`."""
+    pairs = zip(*([d % ndim for d in ([given] if isinstance(given, int) else given)] for given in (source, destination)), strict=True)
+    places = {to: at for at, to in pairs}
+    rest = iter(k for k in range(ndim) if k not in places.values())
+    return [places[k] if k in places else next(rest) for k in range(ndim)]
 
 
 def expand(call: Call) -> str:
@@ -82,12 +97,71 @@ def expand(call: Call) -> str:
     return spell(["~" + " ".join(source)], [" ".join(names)])
 
 
+def expand_like(call: Call) -> str:
+    """Repeats dims of length 1 to the shape of the second operand, whose values are not read."""
+    inner = expand(call)
+    source, _, out = inner.partition(" -> ")
+    return f"{source}, {out} -> {out}"
+
+
+def reshape_like(call: Call) -> Sized:
+    """The shape of the second operand, whose values are not read."""
+    text, sizes = reshape(call)
+    source, _, out = text.partition(" -> ")
+    return f"{source}, {out} -> {out}", sizes
+
+
+def broadcast(call: Call) -> str:
+    """Each tensor repeated along its dims of length 1 to one shape."""
+    after = call.outputs[0].shape
+    names = letters(len(after))
+    operands = []
+    for t in call.inputs:
+        own = names[len(after) - len(t.shape) :]
+        operands.append(
+            "+"
+            + " ".join(n if size == full else "1" for n, size, full in zip(own, t.shape, after[len(after) - len(t.shape) :], strict=True))
+        )
+    return spell(operands, [" ".join(names)] * len(call.inputs))
+
+
+def tiles(call: Call) -> str:
+    """Dims repeated as blocks: those that are repeated stay whole."""
+    before, after = call.inputs[0].shape, call.outputs[0].shape
+    names = letters(len(after))
+    own = names[len(after) - len(before) :]
+    kept = [a == b for a, b in zip(before, after[len(after) - len(before) :], strict=True)]
+    source = [n if keep else f"[x{n}]" for n, keep in zip(own, kept, strict=True)]
+    lead = [f"[{n}]" for n in names[: len(after) - len(before)]]
+    out = [*lead, *(n if keep else f"[{n}]" for n, keep in zip(own, kept, strict=True))]
+    return spell(["~" + " ".join(source)], [" ".join(out)])
+
+
+def windows(call: Call) -> str:
+    """Sliding windows along one dim, which stays whole; a new last dim holds each window."""
+    ndim = len(call.inputs[0].shape)
+    dim = call.get("dimension") % max(ndim, 1)
+    source = " ".join(f"[m{k}]" if k == dim else f"d{k}" for k in range(ndim))
+    out = " ".join([*(f"[n{k}]" if k == dim else f"d{k}" for k in range(ndim)), "[w]"])
+    return spell(["~" + source], [out])
+
+
+def bytes_viewed(call: Call) -> str:
+    """Bits read as another dtype: no sum. The last dim changes length with the size of the dtype and stays whole then."""
+    ndim = len(call.inputs[0].shape)
+    names = letters(ndim)
+    same = call.inputs[0].dtype.itemsize == call.outputs[0].dtype.itemsize
+    source, out = ([n if same or k < ndim - 1 else f"[{letter}]" for k, n in enumerate(names)] for letter in "xy")
+    return spell([" ".join(source)], [" ".join(out)])
+
+
 def resized_dims(call: Call) -> str:
     """Dims whose length the op changes, or that it moves along, stay whole; the others are untouched."""
     moved = set(dims_of(call, "dims", len(call.inputs[0].shape))) if call.get("dims") is not None else set()
     padding = call.get("pad", ())  # two numbers per dim, the last dim first; (1, -1) moves a dim and keeps its length
     moved |= {len(call.inputs[0].shape) - 1 - k // 2 for k, width in enumerate(padding) if width}
-    if call.op == "aten.diff.default":
+    moved |= {"aten.flipud.default": {0}, "aten.fliplr.default": {1}}.get(call.op, set())
+    if call.op in ("aten.diff.default", "aten.narrow.default"):
         moved.add(call.get("dim", -1) % len(call.inputs[0].shape))
     shapes = [t.shape for t in (*call.inputs, *call.outputs)]
     kept = [len({shape[k] for shape in shapes}) == 1 and k not in moved for k in range(len(shapes[0]))]
@@ -128,8 +202,11 @@ def split(call: Call) -> Sized:
 def concatenate(call: Call) -> Sized:
     """Joins along one dim, whose parts are split together."""
     dim = call.get("dim", 0) % len(call.outputs[0].shape)
-    long, short, sizes = _pieces(call.outputs[0], call.inputs, dim)
-    return spell(["+" + piece for piece in short], [long]), sizes
+    ndim = len(call.outputs[0].shape)
+    joined = [t for t in call.inputs if len(t.shape) == ndim]  # an empty tensor of one dim is skipped, whatever the others' shape
+    long, short, sizes = _pieces(call.outputs[0], joined, dim)
+    pieces = iter(short)
+    return spell(["+" + next(pieces) if len(t.shape) == ndim else "[e]" for t in call.inputs], [long]), sizes
 
 
 def unbind(call: Call) -> str:
@@ -155,16 +232,24 @@ ROWS: dict[str, Rule] = {
     **rows("view _unsafe_view", Rule(reshape, shape="size")),
     **rows("reshape", Rule(reshape, shape="shape")),
     **rows("unflatten.int", Rule(reshape, shape="sizes")),
-    **rows("flatten.using_ints unsqueeze", Rule(reshape)),
-    **rows("expand", Rule(expand, shape="size")),
-    **rows("permute transpose.int t numpy_T", Rule(permute)),
+    **rows("flatten.using_ints unsqueeze ravel atleast_1d atleast_2d atleast_3d", Rule(reshape)),
+    **rows("reshape_as view_as", Rule(reshape_like)),
+    **rows("view.dtype", Rule(bytes_viewed)),
+    **rows("expand broadcast_to", Rule(expand, shape="size")),
+    **rows("expand_as", Rule(expand_like)),
+    **rows("broadcast_tensors", Rule(broadcast)),
+    **rows("repeat tile", Rule(tiles)),
+    **rows("unfold", Rule(windows)),
+    **rows("permute transpose.int t numpy_T mT mH matrix_H adjoint", Rule(permute)),
+    **rows("swapaxes swapdims movedim.int movedim.intlist moveaxis.int moveaxis.intlist", Rule(permute)),
     **rows("squeeze.dim squeeze squeeze.dims", Rule(squeeze)),
-    **rows("slice.Tensor pad diff flip roll", Rule(resized_dims)),
+    **rows("slice.Tensor narrow pad constant_pad_nd diff flip fliplr flipud roll rot90", Rule(resized_dims)),
     **rows("select.int", Rule(select)),
-    **rows("chunk", Rule(split)),
-    **rows("split.Tensor", Rule(split, piece="split_size")),
-    **rows("split_with_sizes", Rule(split, piece="split_sizes")),
+    **rows("chunk unsafe_chunk tensor_split.sections", Rule(split)),
+    **rows("split.Tensor unsafe_split.Tensor", Rule(split, piece="split_size")),
+    **rows("split_with_sizes unsafe_split_with_sizes", Rule(split, piece="split_sizes")),
+    **rows("split.sizes", Rule(split, piece="split_size")),
     **rows("unbind.int", Rule(unbind)),
-    **rows("cat", Rule(concatenate)),
+    **rows("cat concat concatenate", Rule(concatenate)),
     **rows("stack", Rule(stack)),
 }

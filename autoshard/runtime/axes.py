@@ -78,6 +78,8 @@ def wait(x: Tensor) -> Tensor:
 
 def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
     """Run one collective on this rank's tensor."""
+    if x.is_complex():  # backends move real numbers
+        return torch.view_as_complex(run(collective, torch.view_as_real(x), axis))
     name, dim, segments, cut_dim, cut_segments = collective
     ops = torch.ops._c10d_functional
     if name == "identity":

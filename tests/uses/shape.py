@@ -1,5 +1,8 @@
 """Uses of the ops of autoshard/ops/shape.py: see tests/test_rules.py."""
 
+import torch
+from torch.nn import Buffer
+
 from uses.arguments import Use, bools, ints, use, x
 
 # fmt: off
@@ -112,4 +115,39 @@ USES: dict[str, list[Use]] = {
         use("f0 f2 f3 P", x(2, 3, 2, 6), [6, 12]),
         use("f0 f2 P", x(4, 18), [4, 3, 2, 3]),
     ],
+    "aten.adjoint.default": [use("d0 d1 d2 P", x(2, 4, 6))],
+    "aten.atleast_1d.default": [use("P", x()), use("f0 P", x(4))],
+    "aten.atleast_2d.default": [use("f0 P", x(4))],
+    "aten.atleast_3d.default": [use("f0 f1 P", x(4, 6))],
+    "aten.broadcast_tensors.default": [use("d0 d1 P", [x(4, 1), x(1, 6)]), use("d0 d1 P", [x(4, 6), x(6)])],
+    "aten.broadcast_to.default": [use("d1 d0 P", x(6), [4, 6]), use("d1 d0 P", x(1, 6), [4, -1])],
+    "aten.concat.default": [use("d0 P", [x(0), x(4, 5)], 1), use("q0 d1 P", [x(2, 4), x(2, 4)])],
+    "aten.concatenate.default": [use("d0 q0 P", [x(2, 4), x(2, 4)], 1)],
+    "aten.constant_pad_nd.default": [use("d0", x(4, 6), [1, 2]), use("d0", x(4, 6), [1, -1], 2.0)],
+    "aten.expand_as.default": [use("d1 d0 P", x(1, 6), x(4, 6))],
+    "aten.fliplr.default": [use("d0 d2 P", x(4, 6, 2))],
+    "aten.flipud.default": [use("d1 P", x(4, 6))],
+    "aten.mH.default": [use("d0 d1 P", x(4, 6))],
+    "aten.mT.default": [use("d0 d1 d2 P", x(2, 4, 6))],
+    "aten.matrix_H.default": [use("d0 d1 P", x(4, 6))],
+    "aten.moveaxis.int": [use("d0 d1 d2 P", x(2, 4, 6), 0, -1)],
+    "aten.moveaxis.intlist": [use("d0 d1 d2 P", x(2, 4, 6), [0, 1], [2, 0])],
+    "aten.movedim.int": [use("d0 d1 d2 P", x(2, 4, 6), -1, 0)],
+    "aten.movedim.intlist": [use("d0 d1 d2 d3 P", x(2, 4, 6, 8), [0, -1], [-2, 1])],
+    "aten.narrow.default": [use("d0 P", x(4, 6), 1, 2, 2), use("d0 P", x(4, 6), 1, 0, 6)],
+    "aten.ravel.default": [use("f0 f1 P", x(4, 6))],
+    "aten.repeat.default": [use("d1 P", x(4, 6), [2, 1]), use("d1 d2 P", x(4, 6), [3, 1, 1])],
+    "aten.reshape_as.default": [use("f0 f1 f2 P", x(4, 6), x(2, 2, 6))],
+    "aten.rot90.default": [use("d2 P", x(4, 6, 2)), use("d0 P", x(4, 6, 6), 2, [1, 2])],
+    "aten.split.sizes": [use("d0 q0 P", x(4, 12), [8, 4], 1), use("q0 d1 P", x(12, 4), [8, 2, 2])],
+    "aten.swapaxes.default": [use("d0 d1 d2 P", x(2, 4, 6), 0, -1)],
+    "aten.swapdims.default": [use("d0 d1 d2 P", x(2, 4, 6), 0, 1)],
+    "aten.tensor_split.sections": [use("d0 q0 P", x(4, 12), 3, 1), use("d0 P", x(4, 7), 3, 1)],
+    "aten.tile.default": [use("d1 P", x(4, 6), [2, 1]), use("d0 P", x(4, 6), [2])],
+    "aten.unfold.default": [use("d1 P", x(6, 4), 0, 3, 1), use("d0 d2 P", x(2, 6, 4), 1, 2, 2)],
+    "aten.unsafe_chunk.default": [use("d0 q0 P", x(4, 12), 3, 1)],
+    "aten.unsafe_split.Tensor": [use("d0 q0 P", x(4, 12), 4, 1)],
+    "aten.unsafe_split_with_sizes.default": [use("d0 q0 P", x(4, 12), [8, 4], 1)],
+    "aten.view.dtype": [use("d0 d1", Buffer(x(4, 6)), torch.int64), use("d0", Buffer(x(4, 6)), torch.float32)],
+    "aten.view_as.default": [use("f0 f1 f2 P", x(4, 6), x(2, 2, 6))],
 }
