@@ -23,6 +23,7 @@ WIRE = {
     "reduce_scatter": lambda n: (n - 1) / n,
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_to_all": lambda n: (n - 1) / n / n,
+    "rotate": lambda n: min(n - 1, 1) / n,
     "slice": lambda n: 0.0,
     "place": lambda n: 0.0,
     "keep_first": lambda n: 0.0,

@@ -7,11 +7,11 @@
     avg_pool1d    b* [x] -> b* [y]; x&y
 
 A term per dim of an operand: `i` a factor; `b*` any number of dims, each a factor of its own; `[n]` a factor that stays
-whole; `(a b)` a dim made of several factors, major first; `q|k|v` a dim that is the concatenation of several, which
-are split together; `1` a dim without a factor. A factor that no output has is summed over. Marks on operands:
-`~` the op is linear in this operand (jointly with the additive ones); `+` an additive operand. After `;` stand factors
-that a lowering splits together on one axis, `x&y`, whether or not each may be split by itself; an operand with several
-of them is split along the first.
+whole; `(a [b])` a dim made of several factors, major first; `q|k|v` a dim that is the concatenation of several, which are
+split together; `1` a dim without a factor. A factor that no output has is summed over. Marks on operands: `~` the op is
+linear in this operand (jointly with the additive ones); `+` an additive operand. After `;` stand factors that a lowering
+splits together on one axis, `x&y`, whether or not each may be split by itself; an operand with several of them is split
+along the first.
 
 On one axis of n ranks, the sound strategies are
     1. inputs I -> outputs I, and inputs R -> outputs R (the work is done n times);
@@ -78,7 +78,8 @@ class Strategy:
 
 
 _NAME = r"[A-Za-z_]\w*"
-_TERM = re.compile(rf"\(\s*({_NAME}(?:\s+{_NAME})*)\s*\)|\[({_NAME}\*?)\]|({_NAME}(?:\|{_NAME})+|{_NAME}\*?|1)(?=\s|$)")
+_PART = rf"(?:{_NAME}|\[{_NAME}\])"
+_TERM = re.compile(rf"\(\s*({_PART}(?:\s+{_PART})*)\s*\)|\[({_NAME}\*?)\]|({_NAME}(?:\|{_NAME})+|{_NAME}\*?|1)(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def parse(text: str) -> _Template:
         raise RuleError(f"rule {text!r} has no '->' between its inputs and its outputs")
     inputs, outputs = tuple(map(_parse_operand, _operands(left))), tuple(map(_parse_operand, _operands(right) or [""]))
     linked = tuple(tuple(part.split("&")) for part in _operands(links))
-    named = {name.rstrip("*") for _, terms in (*inputs, *outputs) for _, names in terms for name in names}
+    named = {name.rstrip("*") for _, terms in (*inputs, *outputs) for _, names in terms for name in map(_bare, names)}
     unknown = [name for group in linked for name in group if name.partition(".")[0] not in named]
     if unknown or any(len(group) < 2 for group in linked):
         raise RuleError(f"rule {text!r} links {unknown or links!r}; write factors of its operands, as in 'b* [x] -> b* [y]; x&y'")
@@ -180,10 +181,14 @@ def _expand(operand: tuple, shape: tuple[int, ...], whole: set[str], text: str) 
             dims += factors
             joined += [False] * count
         else:
-            whole.update(names if kind == "whole" else ())
-            dims.append(() if kind == "one" else names)
+            whole.update(_bare(name) for name in names if kind == "whole" or name.startswith("["))
+            dims.append(() if kind == "one" else tuple(map(_bare, names)))
             joined.append(kind == "joined")
     return dims, tuple(joined), mark
+
+
+def _bare(name: str) -> str:
+    return name.strip("[]")
 
 
 def _bind_dim(dim: Dim, is_joined: bool, size: int, found: dict[str, int], text: str, shapes: list) -> None:

@@ -146,6 +146,8 @@ def run_group(collective: Collective, values: Sequence[torch.Tensor]) -> list[to
         return [sum(values[1:], values[0])] * count
     if name == "all_to_all":
         return [join(column, dim, segments) for column in zip(*(cut(x, cut_dim, cut_segments, count) for x in values), strict=True)]
+    if name == "rotate":
+        return [values[(rank - dim) % count] for rank in range(count)]
     if name == "slice":
         return [cut(x, dim, segments, count)[rank] for rank, x in enumerate(values)]
     if name == "place":

@@ -31,7 +31,7 @@ class MeteredAxis:
     rank: int = 0
 
     def convert(self, x: torch.Tensor, forward: Collective, backward: Collective) -> torch.Tensor:
-        whole = x.numel() * x.element_size() * (self.size if forward.name in ("all_gather", "all_to_all") else 1)
+        whole = x.numel() * x.element_size() * (self.size if forward.name in ("all_gather", "all_to_all", "rotate") else 1)
         self.sent.append((self.name, forward.name, whole))
         if x.requires_grad:
             self.sent.append((self.name, backward.name, whole))

@@ -149,7 +149,7 @@ def test_wire_bytes(n: int) -> None:
     assert math.isclose(WIRE["reduce_scatter"](n) + WIRE["all_gather"](n), WIRE["all_reduce"](n))
     assert {name for name in WIRE if WIRE[name](n) == 0.0} == {"slice", "place", "keep_first", "identity"}
     assert WIRE["all_to_all"](n) < WIRE["all_gather"](n)
-    assert {"all_gather", "reduce_scatter", "all_reduce", "all_to_all"} == COMMUNICATES
+    assert {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "rotate"} == COMMUNICATES
     assert all(WIRE[name](1) == 0.0 for name in WIRE)
 
 

@@ -1,10 +1,11 @@
 """The notation of op rules: what it reads, how it binds to shapes, which strategies follow, and what its errors say."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
-from autoshard.equations import Equation, Strategy, bind, parse, strategies
+from autoshard.equations import Equation, Strategy, bind, divides, parse, strategies
 from autoshard.errors import RuleError
 from autoshard.placements import I, P, R, S
 
@@ -26,7 +27,7 @@ NOT_READ = {
     "b i -> b -> i": "cannot read '-> i' in rule operand 'b -> i'; terms look like i, b*, [n], (a b), q|k|v or 1",
     "b (i j -> b": "cannot read '(i j' in rule operand 'b (i j'; terms look like i, b*, [n], (a b), q|k|v or 1",
     "b*i -> b*": "cannot read 'b*i' in rule operand 'b*i'; terms look like i, b*, [n], (a b), q|k|v or 1",
-    "(a [b]) -> a": "cannot read '(a [b])' in rule operand '(a [b])'; terms look like i, b*, [n], (a b), q|k|v or 1",
+    "(a [b*]) -> a": "cannot read '(a [b*])' in rule operand '(a [b*])'; terms look like i, b*, [n], (a b), q|k|v or 1",
     "(a*) -> a": "cannot read '(a*)' in rule operand '(a*)'; terms look like i, b*, [n], (a b), q|k|v or 1",
     "() -> a": "cannot read '()' in rule operand '()'; terms look like i, b*, [n], (a b), q|k|v or 1",
     "q| -> q": "cannot read 'q|' in rule operand 'q|'; terms look like i, b*, [n], (a b), q|k|v or 1",
@@ -169,3 +170,31 @@ def test_positions_without_terms_are_never_partial() -> None:
     ordered = Equation(equation.inputs, equation.outputs, equation.sizes, ordered=frozenset("i"))
     assert splits(ordered, s4=[(2, 2)])[0:2] == ["i: S(0), S(1) -> P", "P, R -> P"]
     assert S(0, (2, 2)) not in {placement for strategy in strategies(ordered, 2, {4: [(2, 2)]}) for placement in strategy.inputs}
+
+
+def test_linked_factors_are_split_together() -> None:
+    equation = bind("~b [y], b [y] -> b [v]; y&v", [(4, 6), (4, 6)], [(4, 3)])
+    assert [s.factor for s in strategies(equation, 3)] == ["", "", "y&v", ""]
+    assert [s.factor for s in strategies(equation, 2)] == ["", "", "b", ""], "3 does not divide by 2"
+    (linked,) = [s for s in strategies(equation, 3) if s.factor == "y&v"]
+    assert (linked.inputs, linked.outputs) == ((S(1), S(1)), (S(1),))
+
+
+def test_an_operand_with_several_linked_factors_is_split_along_the_first() -> None:
+    equation = bind("b q, b k, q k -> b q; q&k", [(2, 4), (2, 6), (4, 6)], [(2, 4)])
+    (linked,) = [s for s in strategies(equation, 2) if s.factor == "q&k"]
+    assert linked.inputs == (S(1), S(1), S(0))
+
+
+def test_limits_bound_the_pieces_of_a_link() -> None:
+    equation = replace(bind("[y] -> [v]; y&v", [(12,)], [(12,)]), limits={"y&v": 3})
+    assert [s.factor for s in strategies(equation, 3)] == ["", "", "y&v"]
+    assert [s.factor for s in strategies(equation, 4)] == ["", ""]
+    assert divides(equation, ["y&v", ""], [3, 2])
+    assert not divides(equation, ["y&v", "y&v"], [3, 2])
+
+
+def test_whole_parts_of_a_product() -> None:
+    equation = bind("(c [y]) -> c [y]", [(12,)], [(4, 3)])
+    assert [s.factor for s in strategies(equation, 2)] == ["", "", "c"]
+    assert [s.factor for s in strategies(equation, 3)] == ["", ""]

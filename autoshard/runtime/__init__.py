@@ -11,6 +11,7 @@ from .axes import join as join
 from .axes import position as position
 from .axes import run as run
 from .conversions import *  # noqa: F403
+from .convolution import *  # noqa: F403
 from .lookup import *  # noqa: F403
 from .loss import *  # noqa: F403
 from .normalization import *  # noqa: F403

@@ -12,7 +12,7 @@ Segments = tuple[int, ...]
 
 
 class Collective(NamedTuple):
-    """What one direction of a conversion runs: a name, the dim (and for all_to_all the dim to cut) and their segments."""
+    """What one direction of a conversion runs: a name, the dim (all_to_all: also the dim to cut; rotate: the distance) and segments."""
 
     name: str
     dim: int = 0
@@ -98,6 +98,10 @@ def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
         got = wait(ops.all_to_all_single(sent, splits, splits, axis.group)).chunk(axis.size)
         shape = [size // axis.size if k == cut_dim else size for k, size in enumerate(x.shape)]
         return join([piece.view(shape) for piece in got], dim, segments)
+    if name == "rotate":  # to the rank `dim` places further, round the axis
+        target, source = (axis.rank + dim) % axis.size, (axis.rank - dim) % axis.size
+        to, source_of = ([x.numel() if rank == peer else 0 for rank in range(axis.size)] for peer in (target, source))
+        return wait(ops.all_to_all_single(x.flatten(), source_of, to, axis.group)).view(x.shape)
     if name == "slice":
         return cut(x, dim, segments, axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)  # a view would keep all of x
     if name == "place":
@@ -121,3 +125,8 @@ def ways(axes: Sequence[Axis]) -> int:
     for axis in axes:
         total *= axis.size
     return total
+
+
+def is_at(axis: Axis, rank: int, like: Tensor) -> Tensor:
+    """Whether this rank is number `rank` of the axis, as a tensor beside `like`."""
+    return (like.new_zeros((), dtype=torch.int64) + axis.rank) == rank

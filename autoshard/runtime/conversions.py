@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .axes import Axis, Collective, Segments
+from .axes import Axis, Collective, Segments, is_at
 
 __all__ = [
     "all_gather",
@@ -124,3 +125,16 @@ def total(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis in axes:
         x = all_reduce_invariant(x, axis)
     return x
+
+
+def rotate(x: Tensor, axis: Axis, by: int) -> Tensor:
+    """What the rank `by` places before holds, round the axis: A | B | C => C | A | B by 1."""
+    return axis.convert(x, Collective("rotate", by), Collective("rotate", -by))
+
+
+def neighbour(x: Tensor, axes: Sequence[Axis], by: int) -> Tensor:
+    """What the piece `by` (1 or -1) places before holds among those that `axes` split, zeros at the edge: A | B | C => 0 | A | B by 1."""
+    *outer, inner = axes
+    edge = is_at(inner, 0 if by > 0 else inner.size - 1, x)
+    moved = rotate(x, inner, by)
+    return torch.where(edge, neighbour(moved, outer, by) if outer else 0.0, moved)
