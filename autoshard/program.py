@@ -227,6 +227,5 @@ def call_of(node: fx.Node) -> Call:
         source, index = producer(operand)
         return facts(source).values[index]
 
-    bound = {name: info(value) if isinstance(value, fx.Node) else value for name, value in arguments(node).items()}
-    plain: dict[str, Any] = fx.map_arg(bound, lambda operand: None)
-    return Call(op_name(node), plain, tuple(map(info, tensor_operands(node))), facts(node).values)
+    bound: dict[str, Any] = fx.map_arg(arguments(node), info)  # type: ignore[arg-type]
+    return Call(op_name(node), bound, tuple(map(info, tensor_operands(node))), facts(node).values)

@@ -236,7 +236,8 @@ def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis]
     if is_of_runtime(target):
         args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
-        return target(*args, **kwargs)  # type: ignore[operator]
+        result = target(*args, **kwargs)  # type: ignore[operator]
+        return Ranks(list(zip(*(part.values for part in result), strict=True))) if isinstance(result, tuple) else result
     if known.random_axes is not None and seed is None:
         args, kwargs = lookup(without_randomness(node))
         return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
@@ -258,6 +259,6 @@ def _run_random(program: Program, node: fx.Node, args: tuple, kwargs: dict, seed
 
 def without_randomness(node: fx.Node) -> tuple[tuple, dict[str, Any]]:
     """Arguments of a random op under which it draws nothing: its probability is 0."""
-    bound = {name: 0.0 if name in ("p", "dropout_p") else value for name, value in arguments(node).items()}
+    bound = {name: 0.0 if name in ("p", "dropout_p", "dropout") else value for name, value in arguments(node).items()}
     keyword_only = {argument.name for argument in node.target._schema.arguments if argument.kwarg_only}  # type: ignore[union-attr]
     return tuple(v for k, v in bound.items() if k not in keyword_only), {k: v for k, v in bound.items() if k in keyword_only}

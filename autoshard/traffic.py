@@ -47,7 +47,13 @@ class MeteredAxis:
 def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec) -> list[Sent]:
     """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
     local = iter([_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)])
-    given = {name: next(local) if isinstance(value, TensorInfo) else value for name, value in call.arguments.items()}
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [tensors(item) for item in value]
+        return next(local) if isinstance(value, TensorInfo) else value
+
+    given = {name: tensors(value) for name, value in call.arguments.items()}
     sent: list[Sent] = []
     metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
     lowering: Callable[..., Any] = getattr(runtime, function)

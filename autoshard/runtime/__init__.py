@@ -18,4 +18,5 @@ from .normalization import *  # noqa: F403
 from .program import Program as Program
 from .program import mix as mix
 from .program import seeded as seeded
+from .recurrent import *  # noqa: F403
 from .reduction import *  # noqa: F403
