@@ -5,6 +5,7 @@ from autoshard.checkpoint import checkpointable
 from autoshard.errors import AutoshardError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
+from autoshard.op_coverage import coverage
 from autoshard.plan import Plan
 from autoshard.rules import register_rule
 
@@ -17,6 +18,7 @@ __all__ = [
     "Plan",
     "checkpointable",
     "compile",
+    "coverage",
     "plan",
     "register_rule",
     "simulate",
