@@ -72,7 +72,7 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
             found("checkpoint", where())
         elif not cls.__module__.startswith("torch."):
             found(cls.__qualname__, where())
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # a Python classmethod, or one of C
 
     def recording_inner(*args: Any, **kwargs: Any) -> Any:
         found("checkpoint", where())
