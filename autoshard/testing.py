@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from autoshard.candidates import Candidate, CandidateTable
 from autoshard.costs import CostModel
-from autoshard.equations import Strategy
+from autoshard.equations import Equation, Strategy
 from autoshard.errors import RuleError
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
@@ -34,6 +34,8 @@ from autoshard.rules import describe, rule_of
 from autoshard.simulator import Ranks, SimulatedAxis, _run_node
 
 _MOST_SHOWN = 20
+_MOST_VALUES = 8
+_LONGEST_TRIED = 6
 
 
 class UnsoundRuleError(RuleError, AssertionError):
@@ -56,20 +58,23 @@ def check_rule(
     their size, beyond those that the op itself shows: `{12: [(4, 4, 4)]}` for a fused weight.
 
     Returns the strategies proved, one tuple with a strategy per axis each; look there whether what should be split is.
-    Raises UnsoundRuleError (an AssertionError) that lists every strategy that fails and what differs by how much, and
-    RuleError when the op has no row, when the row does not fit, or when the call draws random numbers.
+    Raises UnsoundRuleError (an AssertionError) that lists every strategy that fails and what differs by how much, with the
+    smallest operands found on which the first still fails; RuleError when the op has no row, when the row does not fit, or
+    when the call draws random numbers.
 
         register_rule("mylib::scale", "~b* i, i -> b* i")
         check_rule("mylib::scale", torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64))
     """
-    case = OpCase(_overload(op), args, kwargs, MeshSpec.of(mesh))
+    case = OpCase(op_overload(op), args, kwargs, MeshSpec.of(mesh))
     candidates = case.candidates(segmentations or {})
-    failures = [f"{_describe(case, candidate)}: {failure}" for candidate in candidates if (failure := _failure(case, candidate))]
-    if failures:
-        shown = [*failures[:_MOST_SHOWN], *([f"and {len(failures) - _MOST_SHOWN} more"] if len(failures) > _MOST_SHOWN else [])]
+    failing = [(candidate, failure) for candidate in candidates if (failure := failure_of(case, candidate))]
+    if failing:
+        shown = [f"{_describe(case, candidate)}: {failure}" for candidate, failure in failing[:_MOST_SHOWN]]
+        shown += [f"and {len(failing) - _MOST_SHOWN} more"] if len(failing) > _MOST_SHOWN else []
+        shown.append(f"smallest counterexample: {_smallest(case, *failing[0], segmentations or {})}")
         raise UnsoundRuleError(
             f"the rule of {case.op}, {describe(str(case.op))!r}, is wrong for shapes {[list(x.shape) for x in case.operands]} "
-            f"on mesh {case.mesh}: {len(failures)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
+            f"on mesh {case.mesh}: {len(failing)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
         )
     return [candidate.strategies for candidate in candidates]
 
@@ -127,21 +132,36 @@ class OpCase:
             table.segmentations[size] = [*table.segmentations.get(size, []), *options]
         return table.of_op(node)
 
-    def program(self, candidate: Candidate | None = None) -> tuple[Program, fx.Node]:
+    def equation(self) -> Equation:
+        """The op's row, bound to this use. Raises RuleError when there is none or it does not fit."""
+        rule = rule_of(str(self.op))
+        if rule is None:
+            raise RuleError(f"{self.op} has no rule: autoshard.register_rule adds one")
+        return rule.bind(call_of(self.program()[1]))
+
+    def compute(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """What the op computes on other operands, in schema order, without gradients."""
+        node, _ = self._node()
+        env = dict(zip(tensor_operands(node), operands, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda placeholder: env[placeholder])
+        with torch.no_grad():
+            return _tensors(self.op(*args, **kwargs))
+
+    def program(self, candidate: Candidate | None = None, is_localized: bool = True) -> tuple[Program, fx.Node]:
         """A program of this one op, localized for `candidate` when one is given."""
         node, tensors = self._node()
         for placeholder, x in tensors.items():
             set_facts(placeholder, Facts("input", (TensorInfo(tuple(x.shape), x.dtype, _wants_gradient(x)),), name=placeholder.name))
         set_facts(node, Facts("op", self.infos))
         program = Program(node.graph, self.mesh)
-        if candidate is not None:
+        if candidate is not None and is_localized:
             facts(node).strategies, facts(node).layouts = candidate.strategies, candidate.outputs
             LocalizeShapes()(program)
         return program, node
 
-    def run(self, candidate: Candidate) -> Run:
-        """Every rank's operands and results under `candidate`, after backward."""
-        program, node = self.program(candidate)
+    def run(self, candidate: Candidate, is_localized: bool = True) -> Run:
+        """Every rank's operands and results under `candidate`, after backward; without `is_localized` the op runs as it is."""
+        program, node = self.program(candidate, is_localized)
         generator = torch.Generator().manual_seed(1)
         env: dict[fx.Node, Any] = {}
         for operand, x, layout in zip(tensor_operands(node), self.operands, candidate.inputs, strict=True):
@@ -224,10 +244,10 @@ def difference(pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh:
     return f"differs by {largest:.2g}" if largest > allowed else ""
 
 
-def _failure(case: OpCase, candidate: Candidate) -> str:
+def failure_of(case: OpCase, candidate: Candidate, is_localized: bool = True) -> str:
     """What is wrong with one candidate: the first operand or result that differs, or what its execution raised; "" when sound."""
     try:
-        run = case.run(candidate)
+        run = case.run(candidate, is_localized)
     except Exception as error:  # an op may raise anything on operands that do not fit together
         return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
     names = [f"output {k}" if len(case.outputs) > 1 else "output" for k in range(len(case.outputs))]
@@ -244,6 +264,63 @@ def _failure(case: OpCase, candidate: Candidate) -> str:
         if text := difference(pieces, layout, expected, case.mesh, relative):
             return f"{name} {text}"
     return ""
+
+
+def _smallest(case: OpCase, candidate: Candidate, failure: str, segmentations: Mapping[int, Sequence[tuple[int, ...]]]) -> str:
+    """The same failure on operands of which no factor can be made shorter; their values where they are few."""
+    sizes = {factor: size for factor, size in case.equation().sizes.items() if size > 1}
+    while sizes:
+        factor, size = next(iter(sizes.items()))
+        del sizes[factor]
+        for shorter in range(1, min(size, _LONGEST_TRIED + 1)):
+            smaller = _shorten(case, factor, shorter)
+            found = smaller and _same_failure(smaller, candidate, failure, segmentations)
+            if smaller and found:
+                case, (candidate, failure) = smaller, found
+                break
+    operands = ", ".join(f"{name} = {_values(x)}" for name, x in zip(case.names, case.operands, strict=True))
+    return f"{operands}: {_describe(case, candidate)}: {failure}"
+
+
+def _shorten(case: OpCase, factor: str, size: int) -> OpCase | None:
+    """The use with one factor cut to its first `size` entries; None where it is a part of a dim, or the op then raises."""
+    new: dict[int, Tensor] = {}
+    for x, operand in zip(case.operands, case.equation().inputs, strict=True):
+        for k, dim in enumerate(operand.dims):
+            if factor in dim and dim != (factor,):
+                return None
+            shortened = new.get(id(x), x)
+            if dim == (factor,):
+                piece = shortened.detach().narrow(k, 0, size).clone()
+                new[id(x)] = nn.Buffer(piece) if isinstance(x, nn.Buffer) else piece
+    if not new:
+        return None
+    args, kwargs = fx.node.map_aggregate((case.args, dict(case.kwargs)), lambda x: new.get(id(x), x))
+    try:
+        return OpCase(case.op, args, kwargs, case.mesh)
+    except Exception:  # an op may raise anything on operands that do not fit together
+        return None
+
+
+def _same_failure(
+    case: OpCase, candidate: Candidate, failure: str, segmentations: Mapping[int, Sequence[tuple[int, ...]]]
+) -> tuple[Candidate, str] | None:
+    """The strategy in a smaller case, and what is wrong there, if it is wrong in the same way."""
+    try:
+        options = case.candidates(segmentations)
+    except Exception:  # the row need not fit
+        return None
+    for option in options:
+        if (option.inputs, option.outputs) == (candidate.inputs, candidate.outputs):
+            found = failure_of(case, option)
+            return (option, found) if found and found.startswith("raises") == failure.startswith("raises") else None
+    return None
+
+
+def _values(x: Tensor) -> str:
+    if x.numel() > _MOST_VALUES:
+        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    return str((x.detach().double() * 1e4).round().div(1e4).tolist() if x.is_floating_point() else x.tolist())
 
 
 def _describe(case: OpCase, candidate: Candidate) -> str:
@@ -301,7 +378,8 @@ def _operand_names(node: fx.Node) -> list[str]:
     return names
 
 
-def _overload(op: torch._ops.OpOverload | str) -> torch._ops.OpOverload:
+def op_overload(op: torch._ops.OpOverload | str) -> torch._ops.OpOverload:
+    """The op that a text like `namespace::name.overload` names."""
     if not isinstance(op, str):
         return op
     namespace, _, name = op.partition("::")
