@@ -78,19 +78,10 @@ class Discovery:
         return "\n".join([f'register_rule("{name}", "{self.equation}"){proved}', *(f"# {text}" for text in self.undecided)])
 
 
-def discover_rule(op: torch._ops.OpOverload | str, *args: Any, samples: Sequence[Sample] | None = None, **kwargs: Any) -> Discovery:
-    """Find the rule of `op` by running it on pieces; print the result, it is the line to put into the program.
-
-    op, args, kwargs: as for check_rule, small float64 tensors; lengths that have several divisors (4, 6, 12) and differ from
-    each other decide most. samples: several uses, each `(args, kwargs)`: the rule holds for all, and dims of which some uses
-    have more than others become `b*`.
-    Raises RuleError when the op draws random numbers or has no tensors.
-
-        print(discover_rule("mylib::scale", torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)))
-        # register_rule("mylib::scale", "~a b, ~b -> a b")  # 6 strategies proved
-    """
-    overload, uses = op_overload(op), list(samples) if samples is not None else [(args, kwargs)]
-    cases = [OpCase(overload, tuple(given), dict(named), MeshSpec.of("a=2")) for given, named in uses]
+def discover(op: torch._ops.OpOverload | str, samples: Sequence[Sample]) -> Discovery:
+    """See autoshard.testing.discover_rule."""
+    overload = op_overload(op)
+    cases = [OpCase(overload, tuple(given), dict(named), MeshSpec.of("a=2")) for given, named in samples]
     for case in cases:
         _check(case)
     kinds = dict[tuple, list[OpCase]]()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +32,9 @@ from autoshard.placements import Layout, P, R, shard
 from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, tensor_operands
 from autoshard.rules import describe, rule_of
 from autoshard.simulator import Ranks, SimulatedAxis, _run_node
+
+if TYPE_CHECKING:
+    from autoshard.discovery import Discovery
 
 _MOST_SHOWN = 20
 _MOST_VALUES = 8
@@ -77,6 +80,24 @@ def check_rule(
             f"on mesh {case.mesh}: {len(failing)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
         )
     return [candidate.strategies for candidate in candidates]
+
+
+def discover_rule(
+    op: torch._ops.OpOverload | str, *args: Any, samples: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] | None = None, **kwargs: Any
+) -> Discovery:
+    """Find the rule of `op` by running it on pieces; print the result, it is the line to put into the program.
+
+    op, args, kwargs: as for check_rule, small float64 tensors; lengths that have several divisors (4, 6, 12) and differ from
+    each other decide most. samples: several uses, each `(args, kwargs)`: the rule holds for all, and dims of which some uses
+    have more than others become `x*`.
+    Raises RuleError when the op draws random numbers or has no tensors.
+
+        print(discover_rule("mylib::scale", torch.randn(4, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)))
+        # register_rule("mylib::scale", "~a b, ~b -> a b")  # 6 strategies proved
+    """
+    from autoshard import discovery  # it stands on this module
+
+    return discovery.discover(op, [(args, kwargs)] if samples is None else samples)
 
 
 @dataclass

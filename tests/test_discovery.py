@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 import autoshard
-from autoshard.discovery import discover_rule
 from autoshard.equations import strategies
 from autoshard.errors import RuleError
 from autoshard.mesh import MeshSpec
 from autoshard.program import facts, op_name
 from autoshard.rules import RULES, Rule, register_rule
-from autoshard.testing import OpCase, UnsoundRuleError, check_rule
+from autoshard.testing import OpCase, UnsoundRuleError, check_rule, discover_rule
 
 aten = torch.ops.aten
 _generator = torch.Generator().manual_seed(0)
