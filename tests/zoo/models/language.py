@@ -33,13 +33,32 @@ def _config(model: str) -> str:
 
 _language("gpt2", DECODER, "GPT2LMHeadModel", {**_N, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}, in_ci=True)
 _language("gpt2_odd_sizes", DECODER, "GPT2LMHeadModel", {**_N, "n_embd": 30, "n_head": 3, "vocab_size": 67})
-_language("gpt_neo", DECODER, "GPTNeo", {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64,
-    "max_position_embeddings": 32, "attention_types": [[["global", "local"], 1]], "window_size": 4, **_SPECIAL})  # fmt: skip
+_language(
+    "gpt_neo",
+    DECODER,
+    "GPTNeo",
+    {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+        **_SPECIAL,
+    },
+)
 _language("gptj", DECODER, "GPTJ", {**_N, "rotary_dim": 4})
 _language("gpt_neox", DECODER, "GPTNeoX", {**_SIZES, "max_position_embeddings": 32, **_SPECIAL})
 _language("opt", DECODER, "OPT", {**_SIZES, "ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 32, **_SPECIAL})
-_language("bloom", DECODER, "Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_SPECIAL},
-    refusal="custom autograd.Function GeLUFunction")  # fmt: skip
+_language(
+    "bloom",
+    DECODER,
+    "Bloom",
+    {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_SPECIAL},
+    refusal="custom autograd.Function GeLUFunction",
+)
 _language("falcon", DECODER, "Falcon", {**_SIZES, "multi_query": True, "new_decoder_architecture": False, **_SPECIAL})
 _language("llama", DECODER, "Llama", _GROUPED, in_ci=True)
 _language("mistral", DECODER, "Mistral", {**_GROUPED, "sliding_window": 4})
@@ -62,23 +81,70 @@ _BATCHED = {"experts_implementation": "batched_mm"}
 _ROUTED = {**_GROUPED, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 # The default way to run experts, grouped_mm, has no kernel for float64; batched_mm has.
 _language("mixtral", MOE, "Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, dtype=torch.float32)
-_language("mixtral_router_loss", MOE, "Mixtral",
-    {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, **_BATCHED})  # fmt: skip
+_language(
+    "mixtral_router_loss",
+    MOE,
+    "Mixtral",
+    {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, **_BATCHED},
+)
 _language("qwen2_moe", MOE, "Qwen2Moe", {**_ROUTED, **_BATCHED, "shared_expert_intermediate_size": 32})
 _language("qwen3_moe", MOE, "Qwen3Moe", {**_ROUTED, "head_dim": 8}, dtype=torch.float32)
 _language("olmoe", MOE, "Olmoe", {**_ROUTED, **_BATCHED})
-_language("deepseek_v3", MOE, "DeepseekV3", {**_GROUPED, "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, **_BATCHED})  # fmt: skip
+_language(
+    "deepseek_v3",
+    MOE,
+    "DeepseekV3",
+    {
+        **_GROUPED,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        **_BATCHED,
+    },
+)
 _language(
     "gpt_oss", MOE, "GptOss", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 4, **_BATCHED}
 )
-_language("mixtral_expert_loop", MOE, "Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "experts_implementation": "eager"}, refusal="cannot trace MixtralForCausalLM")  # fmt: skip
+_language(
+    "mixtral_expert_loop",
+    MOE,
+    "Mixtral",
+    {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+    refusal="cannot trace MixtralForCausalLM",
+)
 
-_language("mamba", STATE, "Mamba", {"vocab_size": VOCAB, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "expand": 2,
-    "time_step_rank": 4, **_SPECIAL})  # fmt: skip
-_language("mamba2", STATE, "Mamba2", {"vocab_size": VOCAB, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "expand": 2,
-    "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4, **_SPECIAL})  # fmt: skip
+_language(
+    "mamba",
+    STATE,
+    "Mamba",
+    {"vocab_size": VOCAB, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "expand": 2, "time_step_rank": 4, **_SPECIAL},
+)
+_language(
+    "mamba2",
+    STATE,
+    "Mamba2",
+    {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+        "expand": 2,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 4,
+        **_SPECIAL,
+    },
+)
 _language("rwkv", STATE, "Rwkv", {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "context_length": LENGTH, **_SPECIAL})
 _language("gpt2_cache", DECODER, "GPT2LMHeadModel", {**_N, "use_cache": True}, labels=False, refusal="Cache")

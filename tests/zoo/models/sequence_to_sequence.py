@@ -8,12 +8,37 @@ from zoo.models.entry import BATCH, LENGTH, VOCAB, Entry, Table, hugging_face, n
 
 TABLE = Table()
 
-_BART = {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 32, "dropout": 0.0,
-    "attention_dropout": 0.0, "activation_dropout": 0.0, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "decoder_start_token_id": 1}  # fmt: skip
-_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4,
-    "use_cache": False, "pad_token_id": 0, "decoder_start_token_id": 0}  # fmt: skip
+_BART = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 32,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "use_cache": False,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
 
 
 def _text() -> dict[str, Any]:
@@ -54,7 +79,27 @@ _translator("pegasus", "Pegasus", _BART)
 _translator("marian", "MarianMTModel", _BART)
 _translator("m2m_100", "M2M100", _BART, modes=("eval",))  # in training it branches on a drawn number, even when layerdrop is 0
 _translator("blenderbot", "Blenderbot", _BART)
-_translator("whisper", "Whisper", {**{k: v for k, v in _BART.items() if k != "max_position_embeddings"}, "num_mel_bins": 8,
-    "max_source_positions": LENGTH, "max_target_positions": 16}, _audio, "audio")  # fmt: skip
-_translator("whisper_decoder_ids", "Whisper", {**{k: v for k, v in _BART.items() if k != "max_position_embeddings"}, "num_mel_bins": 8,
-    "max_source_positions": LENGTH, "max_target_positions": 16}, _heard, "audio")  # fmt: skip
+_translator(
+    "whisper",
+    "Whisper",
+    {
+        **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+        "num_mel_bins": 8,
+        "max_source_positions": LENGTH,
+        "max_target_positions": 16,
+    },
+    _audio,
+    "audio",
+)
+_translator(
+    "whisper_decoder_ids",
+    "Whisper",
+    {
+        **{k: v for k, v in _BART.items() if k != "max_position_embeddings"},
+        "num_mel_bins": 8,
+        "max_source_positions": LENGTH,
+        "max_target_positions": 16,
+    },
+    _heard,
+    "audio",
+)

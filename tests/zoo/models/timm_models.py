@@ -38,8 +38,18 @@ _timm("mixer", "MlpMixer", img_size=16, size=16, patch_size=4, embed_dim=32, num
 _timm("efficientnet", "test_efficientnet")
 _timm("mobilenet_v3", "mobilenetv3_small_050")
 _timm("convnext", "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
-_timm("swin", "swin_tiny_patch4_window7_224", img_size=16, size=16, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4),
-    drop_path_rate=0.0)  # fmt: skip
+_timm(
+    "swin",
+    "swin_tiny_patch4_window7_224",
+    img_size=16,
+    size=16,
+    patch_size=2,
+    window_size=4,
+    embed_dim=16,
+    depths=(2, 2),
+    num_heads=(2, 4),
+    drop_path_rate=0.0,
+)
 _timm("densenet", "densenet121", block_config=(2, 2), growth_rate=8)
 _timm("nfnet", "test_nfnet")
 _timm("levit", "levit_128s", img_size=64, size=64, embed_dim=(16, 32), key_dim=8, num_heads=(2, 4), depth=(1, 1), drop_path_rate=0.0)
