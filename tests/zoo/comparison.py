@@ -172,7 +172,9 @@ class Subject:
         assert len(nodes) == len(outputs) == len(expected.results), f"{len(outputs)} results, not {len(expected.results)}"
         found: dict[str, float] = {}
 
-        def compare(what: str, wanted: Tensor | None, pieces: Sequence[Tensor | None], node: fx.Node | None, among: list[Tensor | None]) -> None:
+        def compare(
+            what: str, wanted: Tensor | None, pieces: Sequence[Tensor | None], node: fx.Node | None, among: list[Tensor | None]
+        ) -> None:
             found[what] = difference(wanted, pieces, node, program.mesh, among)
 
         for k, (node, output) in enumerate(zip(nodes, outputs, strict=True)):

@@ -1,9 +1,9 @@
 """Runs the whole zoo, one process per model, and writes docs/coverage.md.
 
-    PYTHONPATH=tests python -m zoo.report [--jobs 2] [--kinds fsdp,ddp] [--only NAME ...]
+    PYTHONPATH=tests python -m zoo.report [--jobs 2] [--minutes 60] [--only NAME ...]
 
-Results lie in out/zoo, one file per model, and are kept while neither the library nor the zoo changes: a run that was
-stopped goes on where it was. A model that takes too long is reported as such.
+Results lie in out/zoo, one file per model and mesh, and are kept while neither the library, the zoo nor the installed packages
+change: a run that was stopped goes on where it was. What takes too long, or was not begun in time, is reported as such.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -87,9 +87,9 @@ def _flops_of(node: torch.fx.Node) -> int:
     return counter.get_total_flops()
 
 
-def run_one(entry: Entry, kinds: list[str]) -> dict[str, Any]:
-    """Every plan of every mode of one model, as data."""
-    record: dict[str, Any] = {"name": entry.name, "library": library_hash(), "kinds": kinds, "outcomes": [], "refused": {}}
+def run_one(entry: Entry, mesh: str) -> dict[str, Any]:
+    """Every plan on one mesh, in every mode of one model, as data."""
+    record: dict[str, Any] = {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {}}
     for mode in entry.modes:
         try:
             subject = Subject.of(entry, mode)
@@ -99,61 +99,84 @@ def run_one(entry: Entry, kinds: list[str]) -> dict[str, Any]:
         if "ops" not in record:
             record |= dict(zip(("ops", "flops", "splittable", "without"), flops(subject.program), strict=True))
             record["tolerance"] = subject.tolerance
-        record["outcomes"] += [dataclasses.asdict(subject.check(mesh, kind)) for mesh in MESHES for kind in kinds]
+        record["outcomes"] += [dataclasses.asdict(subject.check(mesh, kind)) for kind in KINDS]
     return record
 
 
-def run_apart(name: str, kinds: list[str]) -> dict[str, Any]:
+def run_apart(name: str, mesh: str) -> dict[str, Any]:
     """run_one in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "zoo.report", "--one", name, "--kinds", ",".join(kinds)]
-    path = RESULTS / f"{name}.json"
+    command = [sys.executable, "-W", "ignore", "-m", "zoo.report", "--one", name, "--mesh", mesh]
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=LIMIT_S, capture_output=True, text=True, check=False, env=os.environ)
+        done = subprocess.run(command, cwd=ROOT, timeout=LIMIT_S, capture_output=True, text=True, check=False)
         if done.returncode == 0:
-            return json.loads(path.read_text())
+            return json.loads(path_of(name, mesh).read_text())
         why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
     except subprocess.TimeoutExpired:
         why = f"took longer than {LIMIT_S} s"
-    return {"name": name, "library": library_hash(), "kinds": kinds, "outcomes": [], "refused": {"both": why}}
+    return {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {"both modes": why}}
 
 
-def known_result(name: str, kinds: list[str]) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
+def path_of(name: str, mesh: str) -> Path:
+    return RESULTS / f"{name}@{mesh.replace(',', '_')}.json"
+
+
+def known_result(name: str, mesh: str) -> dict[str, Any] | None:
+    if not path_of(name, mesh).exists():
         return None
-    record = json.loads(path.read_text())
-    return record if record["library"] == library_hash() and record["kinds"] == kinds else None
+    record = json.loads(path_of(name, mesh).read_text())
+    return record if record["library"] == library_hash() else None
 
 
-def result_of(record: dict[str, Any], entry: Entry) -> str:
+def failures_of(records: list[dict[str, Any]]) -> list[str]:
+    """One line for everything that failed; the same failure of several meshes once."""
+    refused = [f"{mode}: {why}" for record in records for mode, why in record["refused"].items()]
+    outcomes = [o for record in records for o in record["outcomes"] if o["status"] in ("different", "error")]
+    return list(dict.fromkeys([*refused, *(f"{o['mode']} {o['mesh']} {o['kind']}: {o['status']}: {o['detail']}" for o in outcomes)]))
+
+
+def result_of(records: list[dict[str, Any]], entry: Entry) -> str:
     """What the table says; anything that failed comes first."""
     if entry.name in REFUSED:
-        as_expected = record["refused"] and all(entry.refusal in why for why in record["refused"].values()) and not record["outcomes"]
-        return f"refused, as it must be: {next(iter(record['refused'].values()))}" if as_expected else f"**FAILED**: {record['refused']}"
-    failures = [f"{mode}: {why}" for mode, why in record["refused"].items()]
-    failures += [f"{o['mode']} {o['mesh']} {o['kind']}: {o['status']}: {o['detail']}" for o in record["outcomes"] if o["status"] in ("different", "error")]
-    counted = Counter(o["status"] for o in record["outcomes"])
-    idle = sum(o["status"] == "equal" and not o["split"] for o in record["outcomes"])
-    text = f"{counted['equal']} of {len(record['outcomes'])} plans equal"
-    text += f" (tolerance {record['tolerance']:.0e})" if "tolerance" in record else ""
-    text += f"; {counted['not applicable']} not applicable" if counted["not applicable"] else ""
-    text += f"; {idle} of the equal ones split no op" if idle else ""
-    return f"**FAILED**, {text}: {'; '.join(failures[:3])}{f'; and {len(failures) - 3} more' if len(failures) > 3 else ''}" if failures else text
+        reasons = [why for record in records for why in record["refused"].values()]
+        is_refused = bool(reasons) and all(entry.refusal in why for why in reasons) and not any(r["outcomes"] for r in records)
+        return f"refused, as it must be: {reasons[0]}" if is_refused else f"**FAILED**: not refused as expected: {reasons}"
+    parts = [counts_of(record) for record in records] + [f"`{m}` not run" for m in MESHES if m not in {r["mesh"] for r in records}]
+    text, failures = "; ".join(parts), failures_of(records)
+    more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+    return f"**FAILED**: {'; '.join(failures[:3])}{more}. {text}" if failures else text
 
 
-def page(records: dict[str, dict[str, Any]], kinds: list[str]) -> str:
-    entries = {name: entry for name, entry in {**ENTRIES, **REFUSED}.items() if name in records}
-    passed = [n for n in entries if n in ENTRIES and not result_of(records[n], entries[n]).startswith("**")]
-    tried = [n for n in entries if n in ENTRIES]
-    skipped = sorted(n for n in ENTRIES if n not in records)
+def counts_of(record: dict[str, Any]) -> str:
+    outcomes = record["outcomes"]
+    counted = Counter(o["status"] for o in outcomes)
+    idle = sum(o["status"] == "equal" and not o["split"] for o in outcomes)
+    text = f"`{record['mesh']}` {counted['equal']} of {len(outcomes)} equal"
+    text += f" to {record['tolerance']:.0e}" if "tolerance" in record else ""
+    text += f", {counted['not applicable']} not applicable" if counted["not applicable"] else ""
+    return text + (f" ({idle} of them split no op)" if idle else "")
+
+
+def page(found: dict[str, list[dict[str, Any]]]) -> str:
+    entries = {name: entry for name, entry in {**ENTRIES, **REFUSED}.items() if found.get(name)}
+    tried = [name for name in entries if name in ENTRIES]
+    failed = [name for name in tried if failures_of(found[name])]
+    whole = [name for name in tried if name not in failed and len(found[name]) == len(MESHES)]
+    partly = [name for name in tried if name not in failed and name not in whole]
+    skipped = [
+        f"{name} ({missing(entry) + ' is missing' if missing(entry) else 'no time'})"
+        for name, entry in ENTRIES.items()
+        if name not in entries
+    ]
     lines = [
         "# Coverage", "",
         f"Made by `make zoo` on {datetime.date.today()}, with {', '.join(f'{k} {v}' for k, v in versions().items())}; CPU, library state",
         f"`{library_hash()}`.", "",
-        f"**{len(passed)} of {len(tried)} models** compute under every plan tried what the eager model computes on one device; {len(tried) - len(passed)} fail, and",
-        "say how below. Every model is small and has random weights. Compared on all simulated ranks, in train and eval mode, on the",
-        f"meshes {' and '.join(f'`{m}`' for m in MESHES)}, under the plans {', '.join(kinds)}: results, all gradients (parameters and inputs), buffers. Errors are",
-        "relative to the largest value of each tensor. Random ops are switched off on both sides.", "",
+        f"Of {len(ENTRIES)} models that should be partitioned, {len(whole)} compute under every plan what the eager model computes on one device, on all",
+        f"meshes; {len(partly)} more do on the meshes that were run; **{len(failed)} fail**, and say how below; {len(skipped)} were not run. {len(REFUSED)} more must be refused.",
+        "Every model is small and has random weights. Compared on all simulated ranks, in train and eval mode, on the",
+        f"meshes {' and '.join(f'`{m}`' for m in MESHES)}, under the plans {', '.join(KINDS)}: results, all gradients (parameters and inputs), buffers.",
+        "Errors are relative to the largest value of each tensor. Random ops are switched off on both sides. A plan that splits no op",
+        "computes everything on every rank, and its being equal says little: such plans are counted.", "",
         "Ops are traced nodes after normalisation that are computed at every step. FLOPs are torch's count of contractions,",
         "convolutions and attention; custom ops count as nothing. An op can be split when it has a row and some strategy splits a factor on an axis of 2.",
         "Fallbacks are ops without a row, which every rank computes whole.", "",
@@ -161,10 +184,10 @@ def page(records: dict[str, dict[str, Any]], kinds: list[str]) -> str:
         "| model | family | ops | FLOPs that can be split | fallbacks | result |", "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for name, entry in entries.items():
-        record = records[name]
+        record = next((r for r in found[name] if "ops" in r), found[name][0])
         share = f"{record['splittable'] / record['flops']:.0%}" if record.get("flops") else "-"
         without = ", ".join(f"{op.removeprefix('aten.')} {count}" for op, count in sorted(record.get("without", {}).items())) or "none"
-        cells = (name, entry.family, str(record.get("ops", "-")), share, without if "ops" in record else "-", result_of(record, entry))
+        cells = (name, entry.family, str(record.get("ops", "-")), share, without if "ops" in record else "-", result_of(found[name], entry))
         lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -172,28 +195,34 @@ def page(records: dict[str, dict[str, Any]], kinds: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="run this model here")
+    parser.add_argument("--mesh", help="on this mesh")
     parser.add_argument("--only", nargs="*", default=[*ENTRIES, *REFUSED])
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after this time")
     parser.add_argument("--jobs", type=int, default=2)
-    given = parser.parse_args()
-    kinds = given.kinds.split(",")
+    given, everything = parser.parse_args(), {**ENTRIES, **REFUSED}
     RESULTS.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    everything = {**ENTRIES, **REFUSED}
     if given.one:
         warnings.filterwarnings("ignore")
         logging.disable(logging.CRITICAL)
-        (RESULTS / f"{given.one}.json").write_text(json.dumps(run_one(everything[given.one], kinds)))
+        path_of(given.one, given.mesh).write_text(json.dumps(run_one(everything[given.one], given.mesh)))
         return
-    names = [name for name in given.only if not missing(everything[name])]
-    records: dict[str, dict[str, Any]] = {}
+    names, until = [name for name in given.only if not missing(everything[name])], time.monotonic() + 60 * given.minutes
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+
+    def work(name: str, mesh: str) -> dict[str, Any] | None:
+        known = known_result(name, mesh)
+        return known if known is not None or time.monotonic() > until else run_apart(name, mesh)
+
+    todo = [(name, mesh) for mesh in MESHES for name in names if mesh == MESHES[0] or name in ENTRIES]
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        tasks = {pool.submit(lambda n: known_result(n, kinds) or run_apart(n, kinds), name): name for name in names}
-        for task in concurrent.futures.as_completed(tasks):
-            record = records[tasks[task]] = task.result()
-            print(f"{tasks[task]}: {result_of(record, everything[tasks[task]])}", flush=True)
-    PAGE.write_text(page({name: records[name] for name in names}, kinds))
-    failing = [name for name in names if result_of(records[name], everything[name]).startswith("**")]
+        for (name, mesh), record in zip(todo, pool.map(lambda task: work(*task), todo), strict=True):
+            if record is not None:
+                found[name].append(record)
+                print(f"{name} {mesh}: {result_of([record], everything[name])}", flush=True)
+    PAGE.write_text(page(found))
+    failing = [name for name in names if name in ENTRIES and failures_of(found[name])]
+    failing += [name for name in names if name in REFUSED and found[name] and result_of(found[name], everything[name]).startswith("**")]
     raise SystemExit(f"{len(failing)} models fail: {', '.join(failing)}" if failing else 0)
 
 

@@ -18,8 +18,8 @@ assert len(EVERYTHING) == sum(len(file.TABLE.entries) for file in _FILES), "two 
 
 
 def missing(entry: Entry) -> str:
-    """Why the entry cannot run here: the name of a package that is not installed; "" when it can."""
-    return entry.package if entry.package and importlib.util.find_spec(entry.package) is None else ""
+    """Why the entry cannot run here: the packages that are not installed; "" when it can."""
+    return " ".join(name for name in entry.package.split() if importlib.util.find_spec(name) is None)
 
 
 def build(entry: Entry, mode: str) -> Made:

@@ -49,7 +49,7 @@ def _encoder(name: str, model: str, sizes: dict[str, Any], labels: str = "tokens
     TABLE.entries.append(Entry(name, "encoder", make, package="transformers", **options))
 
 
-_encoder("bert", "BertForMaskedLM", {**_SIZES, "hidden_dropout_prob": 0.1}, in_ci=True)
+_encoder("bert", "BertForMaskedLM", {**_SIZES, "hidden_dropout_prob": 0.1})
 _encoder("bert_classifier", "BertForSequenceClassification", {**_SIZES, **_QUIET}, labels="class")
 _encoder("roberta", "RobertaForMaskedLM", {**_SIZES, **_QUIET})
 _encoder(

@@ -18,9 +18,9 @@ Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 class Entry:
     """One model. make: the model, positional and keyword arguments, from random weights.
 
-    package: must be installed beside torch, else the entry is skipped. dtype: what the model is made in. tolerance: largest
+    package: names of what must be installed beside torch, else the entry is skipped. dtype: what the model is made in. tolerance: largest
     difference allowed beside the largest value of a tensor; None: by the least precise dtype that the trace computes in.
-    modes: which modes can run. in_ci: one of the few that run with every test run. refusal: the model cannot be traced, and this
+    modes: which modes can run. refusal: the model cannot be traced, and this
     is a part of the one error that says so.
     """
 
@@ -31,7 +31,6 @@ class Entry:
     dtype: torch.dtype = torch.float64
     tolerance: float | None = None
     modes: tuple[str, ...] = ("train", "eval")
-    in_ci: bool = False
     refusal: str = ""
 
 

@@ -31,7 +31,7 @@ def _config(model: str) -> str:
     return {"GPT2LMHeadModel": "GPT2Config", "Gemma3": "Gemma3TextConfig"}.get(model, f"{model}Config")
 
 
-_language("gpt2", DECODER, "GPT2LMHeadModel", {**_N, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}, in_ci=True)
+_language("gpt2", DECODER, "GPT2LMHeadModel", {**_N, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
 _language("gpt2_odd_sizes", DECODER, "GPT2LMHeadModel", {**_N, "n_embd": 30, "n_head": 3, "vocab_size": 67})
 _language(
     "gpt_neo",
@@ -60,7 +60,7 @@ _language(
     refusal="custom autograd.Function GeLUFunction",
 )
 _language("falcon", DECODER, "Falcon", {**_SIZES, "multi_query": True, "new_decoder_architecture": False, **_SPECIAL})
-_language("llama", DECODER, "Llama", _GROUPED, in_ci=True)
+_language("llama", DECODER, "Llama", _GROUPED)
 _language("mistral", DECODER, "Mistral", {**_GROUPED, "sliding_window": 4})
 _language("gemma", DECODER, "Gemma", {**_GROUPED, "head_dim": 8, "num_key_value_heads": 1})
 _language("gemma2", DECODER, "Gemma2", {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4})

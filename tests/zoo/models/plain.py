@@ -12,7 +12,7 @@ TABLE = Table()
 PLAIN = "plain torch"
 
 
-@TABLE.add("mlp", PLAIN, in_ci=True)
+@TABLE.add("mlp", PLAIN)
 def mlp() -> Made:
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 4))
     return model.double(), (normal(BATCH, 8).requires_grad_(),), {}
@@ -80,7 +80,7 @@ class NanoGPT(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
 
 
-@TABLE.add("nanogpt", PLAIN, in_ci=True)
+@TABLE.add("nanogpt", PLAIN)
 def nanogpt() -> Made:
     return NanoGPT().double(), (tokens(), tokens(seed=4)), {}
 
@@ -149,7 +149,7 @@ def llama_plain() -> Made:
     return PlainLlama().double(), (tokens(), tokens(seed=4)), {}
 
 
-@TABLE.add("convnet_batchnorm", PLAIN, in_ci=True)
+@TABLE.add("convnet_batchnorm", PLAIN)
 def convnet_batchnorm() -> Made:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
@@ -302,7 +302,7 @@ class TwoTower(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-@TABLE.add("two_tower", PLAIN, in_ci=True)
+@TABLE.add("two_tower", PLAIN)
 def two_tower() -> Made:
     """A contrastive loss, which mixes the whole batch."""
     return TwoTower().double(), (normal(BATCH, 8), normal(BATCH, 12, seed=5)), {}
@@ -337,7 +337,7 @@ class MixerBlock(nn.Module):
         return x + self.across(self.norm2(x))
 
 
-@TABLE.add("mlp_mixer", PLAIN, in_ci=True)
+@TABLE.add("mlp_mixer", PLAIN)
 def mlp_mixer() -> Made:
     return nn.Sequential(MixerBlock(8, 12), MixerBlock(8, 12), nn.LayerNorm(12)).double(), (normal(BATCH, 8, 12),), {}
 

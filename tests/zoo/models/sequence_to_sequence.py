@@ -68,7 +68,7 @@ def _config(model: str) -> str:
     return {"MarianMTModel": "MarianConfig"}.get(model, f"{model}Config")
 
 
-_translator("t5", "T5", {**_T5, "dropout_rate": 0.1}, in_ci=True)
+_translator("t5", "T5", {**_T5, "dropout_rate": 0.1})
 _translator("t5_decoder_ids", "T5", {**_T5, "dropout_rate": 0.0}, _given)
 _translator("t5_gated", "MT5", {**_T5, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"})
 _translator("bart", "Bart", {**_BART, "dropout": 0.1, "forced_eos_token_id": 2})

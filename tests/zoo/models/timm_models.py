@@ -28,7 +28,7 @@ def _timm(name: str, model: str, size: int = 32, **options: Any) -> None:
             return _mixer(**options).double(), (normal(BATCH, 3, size, size),), {}
         return timm.create_model(model, pretrained=False, num_classes=8, **options).double(), (normal(BATCH, 3, size, size),), {}
 
-    TABLE.entries.append(Entry(f"timm_{name}", "timm", make, package="timm"))
+    TABLE.entries.append(Entry(f"timm_{name}", "timm", make, package="timm torchvision"))
 
 
 _timm("resnet", "resnet10t")

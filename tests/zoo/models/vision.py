@@ -55,7 +55,7 @@ def _vision(name: str, model: str, sizes: dict[str, Any], inputs: Any = _classes
     TABLE.entries.append(Entry(name, "vision", hugging_face(model, _config(model), inputs, **sizes), package="transformers", **options))
 
 
-_vision("vit", "ViTForImageClassification", {**_SIZES, "hidden_dropout_prob": 0.1}, in_ci=True)
+_vision("vit", "ViTForImageClassification", {**_SIZES, "hidden_dropout_prob": 0.1})
 _vision("deit", "DeiTForImageClassification", _SIZES)
 _vision("beit", "BeitForImageClassification", {**_SIZES, "drop_path_rate": 0.0, "use_relative_position_bias": True})
 _vision("swin", "SwinForImageClassification", _SWIN)
