@@ -14,11 +14,11 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
-demo test prove examples: export OMP_NUM_THREADS ?= 1
+demo test prove zoo examples: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types docs examples prove bench gpu clean
+.PHONY: help setup demo test check lint types docs examples prove zoo bench gpu clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,12 @@ examples: $(READY)  ## run every example, small
 
 prove: $(READY)  ## run in full: 2,100 random graphs, each on several meshes and plans; every template and random plans on four processes
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m "hypothesis or slow"
+
+# timm's and torchvision's own dependencies would bring a CUDA build of torch in place of the one that is here.
+zoo: $(READY)  ## partition every model of tests/zoo under every plan, write docs/coverage.md
+	$(BIN)/python -m pip install -q --no-deps timm diffusers torchvision==0.28.0
+	$(BIN)/python -m pip install -q requests importlib_metadata pillow
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m zoo.report --jobs $(JOBS)
 
 bench: $(READY)  ## measure, and write the results to docs/benchmarks
 	$(BIN)/python tests/benchmarks/run.py

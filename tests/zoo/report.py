@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -169,17 +170,19 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     ]
     lines = [
         "# Coverage", "",
-        f"Made by `make zoo` on {datetime.date.today()}, with {', '.join(f'{k} {v}' for k, v in versions().items())}; CPU, library state",
-        f"`{library_hash()}`.", "",
-        f"Of {len(ENTRIES)} models that should be partitioned, {len(whole)} compute under every plan what the eager model computes on one device, on all",
-        f"meshes; {len(partly)} more do on the meshes that were run; **{len(failed)} fail**, and say how below; {len(skipped)} were not run. {len(REFUSED)} more must be refused.",
+        f"Made by `tests/zoo/report.py` on {datetime.date.today()}, with {', '.join(f'{k} {v}' for k, v in versions().items())};",
+        f"on the CPU, of library state `{library_hash()}`.", "",
+        f"Of {len(ENTRIES)} models that should be partitioned, {len(whole)} compute under every plan, on all meshes, what the eager model",
+        f"computes on one device; {len(partly)} more do on the meshes that were run; **{len(failed)} fail**, and say how below;",
+        f"{len(skipped)} were not run. {len(REFUSED)} more must be refused.", "",
         "Every model is small and has random weights. Compared on all simulated ranks, in train and eval mode, on the",
-        f"meshes {' and '.join(f'`{m}`' for m in MESHES)}, under the plans {', '.join(KINDS)}: results, all gradients (parameters and inputs), buffers.",
-        "Errors are relative to the largest value of each tensor. Random ops are switched off on both sides. A plan that splits no op",
-        "computes everything on every rank, and its being equal says little: such plans are counted.", "",
+        f"meshes {' and '.join(f'`{m}`' for m in MESHES)}, under the plans {', '.join(KINDS)}: results, all gradients (of parameters",
+        "and of inputs that ask for one), buffers. Errors are relative to the largest value of each tensor; the tolerance is 1e-9 where",
+        "everything is computed in float64, wider where the model itself computes in less. Random ops are switched off on both sides.",
+        "A plan that splits no op computes everything on every rank, and its being equal says little: such plans are counted.", "",
         "Ops are traced nodes after normalisation that are computed at every step. FLOPs are torch's count of contractions,",
-        "convolutions and attention; custom ops count as nothing. An op can be split when it has a row and some strategy splits a factor on an axis of 2.",
-        "Fallbacks are ops without a row, which every rank computes whole.", "",
+        "convolutions and attention; custom ops count as nothing. An op can be split when it has a row and some strategy splits a factor",
+        "on an axis of 2. Fallbacks are ops without a row, which every rank computes whole.", "",
         *([f"Not run: {', '.join(skipped)}.", ""] if skipped else []),
         "| model | family | ops | FLOPs that can be split | fallbacks | result |", "| --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -188,8 +191,13 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
         share = f"{record['splittable'] / record['flops']:.0%}" if record.get("flops") else "-"
         without = ", ".join(f"{op.removeprefix('aten.')} {count}" for op, count in sorted(record.get("without", {}).items())) or "none"
         cells = (name, entry.family, str(record.get("ops", "-")), share, without if "ops" in record else "-", result_of(found[name], entry))
-        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+        lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """A cell of a table: without bars, and with file names from the package's folder on."""
+    return re.sub(r"/\S*/site-packages/", "", text).replace(f"{ROOT}/", "").replace("|", "/").replace("\n", " ")
 
 
 def main() -> None:

@@ -19,8 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 # Few, fast and unlike each other; nothing that needs more than the test dependencies.
-IN_CI = ("mlp", "nanogpt", "convnet_batchnorm", "two_tower", "mlp_mixer", "moe_dense", "unet_plain", "recommender", "linear_attention", "bert", "vit",
-    "t5_decoder_ids")  # fmt: skip
+IN_CI = (
+    *("mlp", "nanogpt", "convnet_batchnorm", "two_tower", "mlp_mixer", "moe_dense"),
+    *("unet_plain", "recommender", "linear_attention", "bert", "vit", "t5_decoder_ids"),
+)
 
 
 def _cases() -> list:
@@ -30,6 +32,11 @@ def _cases() -> list:
         for entry in ENTRIES.values()
         for mode in entry.modes
     ]
+
+
+def _refused() -> list:
+    marks = (pytest.mark.slow, pytest.mark.zoo)
+    return [pytest.param(entry, marks=marks if entry.package else ()) for entry in REFUSED.values()]
 
 
 def _skip_without_package(entry: Entry) -> None:
@@ -49,8 +56,7 @@ def test_every_plan_computes_what_one_device_computes(entry: Entry, mode: str, r
     assert any(o.split for o in found if o.status == "equal"), "no plan split any op: nothing is proved"
 
 
-@pytest.mark.parametrize("entry", [pytest.param(e, marks=() if not e.package else (pytest.mark.slow, pytest.mark.zoo)) for e in REFUSED.values()],
-    ids=lambda entry: entry.name)  # fmt: skip
+@pytest.mark.parametrize("entry", _refused(), ids=lambda entry: entry.name)
 def test_what_cannot_be_traced_is_refused_with_one_error(entry: Entry) -> None:
     _skip_without_package(entry)
     for mode in entry.modes:
