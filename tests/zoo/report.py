@@ -196,7 +196,8 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A cell of a table: without bars, and with file names from the package's folder on."""
+    """A cell of a table: without bars, and with file names from the package's folder on, and no addresses."""
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)
     return re.sub(r"/\S*/site-packages/", "", text).replace(f"{ROOT}/", "").replace("|", "/").replace("\n", " ")
 
 
