@@ -271,7 +271,7 @@ def _draw_nothing(program: Program) -> None:
 def describe(error: BaseException) -> str:
     """The kind of error and the first lines of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    most = 2 if isinstance(error, AutoshardError) else 1
+    most = 3 if isinstance(error, AutoshardError) else 1
     return f"{type(error).__name__}: {' | '.join(lines[:most])[:400]}"
 
 

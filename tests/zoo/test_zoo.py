@@ -110,4 +110,4 @@ def test_models_are_the_same_at_every_build() -> None:
 
 
 def test_errors_are_described_in_one_line() -> None:
-    assert describe(TraceError("first\n  second\n third")) == "TraceError: first | second"
+    assert describe(TraceError("first\n  second\n third")) == "TraceError: first | second | third"
