@@ -15,15 +15,18 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
+import multiprocessing
 import platform
 import re
-import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ RESULTS, PAGE = ROOT / "out" / "zoo", ROOT / "docs" / "coverage.md"
 LIMIT_S = 600
 
 
+@cache
 def library_hash() -> str:
     """Of everything that a result depends on, the installed packages too."""
     digest = hashlib.sha256(repr(sorted(versions().items())).encode())
@@ -88,33 +92,43 @@ def _flops_of(node: torch.fx.Node) -> int:
     return counter.get_total_flops()
 
 
-def run_one(entry: Entry, mesh: str) -> dict[str, Any]:
-    """Every plan on one mesh, in every mode of one model, as data."""
-    record: dict[str, Any] = {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {}}
+def run_one(entry: Entry, meshes: Sequence[str]) -> list[dict[str, Any]]:
+    """Every plan on every mesh, in every mode of one model, as data: one record per mesh."""
+    records: list[dict[str, Any]] = [{"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {}} for mesh in meshes]
     for mode in entry.modes:
         try:
             subject = Subject.of(entry, mode)
+            measured = dict(zip(("ops", "flops", "splittable", "without"), flops(subject.program), strict=True))
         except Exception as error:
-            record["refused"][mode] = describe(error)
+            for record in records:
+                record["refused"][mode] = describe(error)
             continue
-        if "ops" not in record:
-            record |= dict(zip(("ops", "flops", "splittable", "without"), flops(subject.program), strict=True))
-            record["tolerance"] = subject.tolerance
-        record["outcomes"] += [dataclasses.asdict(subject.check(mesh, kind)) for kind in KINDS]
-    return record
+        for record in records:
+            record.update({"tolerance": subject.tolerance, **measured} if "ops" not in record else {})
+            record["outcomes"] += [dataclasses.asdict(subject.check(record["mesh"], kind)) for kind in KINDS]
+    return records
 
 
-def run_apart(name: str, mesh: str) -> dict[str, Any]:
-    """run_one in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "zoo.report", "--one", name, "--mesh", mesh]
-    try:
-        done = subprocess.run(command, cwd=ROOT, timeout=LIMIT_S, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return json.loads(path_of(name, mesh).read_text())
-        why = f"the process ended with {done.returncode}: {done.stderr.strip()[-200:]}"
-    except subprocess.TimeoutExpired:
-        why = f"took longer than {LIMIT_S} s"
-    return {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {"both modes": why}}
+def _run_here(name: str, meshes: Sequence[str]) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.CRITICAL)
+    sys.stderr = io.StringIO()
+    for mesh, record in zip(meshes, run_one({**ENTRIES, **REFUSED}[name], meshes), strict=True):
+        path_of(name, mesh).write_text(json.dumps(record))
+
+
+def run_apart(name: str, meshes: Sequence[str]) -> None:
+    """run_one in a process of its own, forked after the imports; its records are left in files."""
+    process = multiprocessing.get_context("fork").Process(target=_run_here, args=(name, meshes))
+    process.start()
+    process.join(LIMIT_S)
+    if process.is_alive():
+        process.kill()
+    if process.exitcode != 0:
+        why = f"took longer than {LIMIT_S} s" if process.exitcode is None else f"the process ended with {process.exitcode}"
+        for mesh in meshes:
+            record = {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {"both modes": why}}
+            path_of(name, mesh).write_text(json.dumps(record))
 
 
 def path_of(name: str, mesh: str) -> Path:
@@ -203,32 +217,26 @@ def _plain(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help="run this model here")
-    parser.add_argument("--mesh", help="on this mesh")
     parser.add_argument("--only", nargs="*", default=[*ENTRIES, *REFUSED])
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after this time")
     parser.add_argument("--jobs", type=int, default=2)
     given, everything = parser.parse_args(), {**ENTRIES, **REFUSED}
     RESULTS.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    if given.one:
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.CRITICAL)
-        path_of(given.one, given.mesh).write_text(json.dumps(run_one(everything[given.one], given.mesh)))
-        return
     names, until = [name for name in given.only if not missing(everything[name])], time.monotonic() + 60 * given.minutes
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
-    def work(name: str, mesh: str) -> dict[str, Any] | None:
-        known = known_result(name, mesh)
-        return known if known is not None or time.monotonic() > until else run_apart(name, mesh)
+    def work(name: str) -> list[dict[str, Any]]:
+        meshes = [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh) is None]
+        if meshes and time.monotonic() < until:
+            run_apart(name, meshes)
+        return [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
 
-    todo = [(name, mesh) for mesh in MESHES for name in names if mesh == MESHES[0] or name in ENTRIES]
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        for (name, mesh), record in zip(todo, pool.map(lambda task: work(*task), todo), strict=True):
-            if record is not None:
-                found[name].append(record)
-                print(f"{name} {mesh}: {result_of([record], everything[name])}", flush=True)
+        for name, records in zip(names, pool.map(work, names), strict=True):
+            found[name] = records
+            if records:
+                print(f"{name}: {result_of(records, everything[name])}", flush=True)
     PAGE.write_text(page(found))
     failing = [name for name in names if name in ENTRIES and failures_of(found[name])]
     failing += [name for name in names if name in REFUSED and found[name] and result_of(found[name], everything[name]).startswith("**")]

@@ -6,9 +6,11 @@ import importlib.util
 
 import torch
 
+from zoo import torchvision_beside_cpu_torch
 from zoo.models import diffusers_models, encoders, language, multimodal, plain, sequence_to_sequence, timm_models, vision
 from zoo.models.entry import Entry, Made, no_weight_is_zero
 
+torchvision_beside_cpu_torch.prepare()
 _FILES = (plain, language, encoders, sequence_to_sequence, vision, multimodal, timm_models, diffusers_models)
 EVERYTHING: dict[str, Entry] = {entry.name: entry for file in _FILES for entry in file.TABLE.entries}
 ENTRIES = {name: entry for name, entry in EVERYTHING.items() if not entry.refusal}

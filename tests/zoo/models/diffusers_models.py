@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from zoo import torchvision_beside_cpu_torch
 from zoo.models.entry import BATCH, Entry, Made, Table, normal
 
 TABLE = Table()
@@ -17,7 +16,6 @@ _BLOCKS = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_bloc
 
 def _diffusers(name: str, model: str, inputs: Callable[[], dict[str, Any]], **sizes: Any) -> None:
     def make() -> Made:
-        torchvision_beside_cpu_torch.prepare()
         import diffusers
 
         return getattr(diffusers, model)(**sizes).double(), (), {**inputs(), "return_dict": False}

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from zoo import torchvision_beside_cpu_torch
 from zoo.models.entry import BATCH, Entry, Made, Table, normal
 
 TABLE = Table()
@@ -21,7 +20,6 @@ def _mixer(**options: Any) -> torch.nn.Module:
 
 def _timm(name: str, model: str, size: int = 32, **options: Any) -> None:
     def make() -> Made:
-        torchvision_beside_cpu_torch.prepare()
         import timm
 
         if model == "MlpMixer":
