@@ -25,7 +25,7 @@ from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
 _COMMENT_COLUMN = 104
-_NAME = re.compile(r"autoshard_runtime|\w+")
+_CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class EmitPrograms:
 
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_forward(program)]
-        used = {word for line in body for word in _NAME.findall(line.partition("  # ")[0])}
+        used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         imported = sorted(used & {*BY_NAME, *lowerings()})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
@@ -86,7 +86,7 @@ def _constants(program: Program) -> list[str]:
     lines = ["    def constants(self):"]
     axes = ", ".join(program.mesh.axes)
     needed = [node for node in program.nodes() if facts(node).is_constant]
-    if any(facts(node).role == "conversion" for node in needed):
+    if any(facts(node).role == "conversion" or facts(node).op is not None for node in needed):
         lines.append(f"        {axes}{',' if program.mesh.ndim == 1 else ''} = self.axes")
     lines += [line for node in needed for line in _statement(program, node)]
     names = ", ".join(f'"{node.name}": {node.name}' for node in frontier)

@@ -4,7 +4,7 @@ Passes: trace_model, normalize_graph, fold_constants, annotate_shardings, insert
 """
 
 import torch
-from autoshard_runtime import Program, all_gather, all_reduce_invariant, cross_entropy, embedding, slice_invariant, slice_varying, vary
+from autoshard_runtime import Program, all_gather, all_reduce_invariant, cross_entropy, slice_invariant, slice_varying, vary
 
 aten = torch.ops.aten
 
