@@ -10,7 +10,7 @@ from torch import fx
 
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel, split_of
-from autoshard.equations import Equation, Strategy, divides, strategies
+from autoshard.equations import Equation, Strategy, base, divides, strategies
 from autoshard.errors import RuleError
 from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.placements import I, Layout, Placement, R, S, local_shape
@@ -137,11 +137,6 @@ def settle(strategy: Strategy, rule: Rule | None) -> Strategy:
         return strategy
     outputs = tuple(I if placement.kind == "P" else placement for placement in strategy.outputs)
     return Strategy(strategy.inputs, outputs, strategy.factor)
-
-
-def base(factor: str) -> str:
-    """Name of a factor without its number: `b.1` is `b`, `d0` is `d`, `x1&y1` is `x&y`."""
-    return "&".join(name.partition(".")[0].rstrip("0123456789") for name in factor.split("&"))
 
 
 def layouts_of(joint: Iterable[Strategy], values: Sequence[TensorInfo], inputs: int) -> list[Layout]:

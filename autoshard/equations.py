@@ -57,6 +57,7 @@ class Equation:
     limits: Mapping[str, int] = field(default_factory=dict)  # most pieces of a factor or (`x&y`) of a linked group
     termless: frozenset[int] = frozenset()  # positions, inputs first, of operands and outputs that cannot be P
     ordered: frozenset[str] = frozenset()  # factors that may not be split in segments
+    settled: frozenset[str] = frozenset()  # factors, without their numbers, whose lowering leaves I where it says P
 
     @property
     def factors(self) -> list[str]:
@@ -230,7 +231,12 @@ def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[
     found += [_split(equation, group, ()) for group in equation.linked if _divides(equation, group, n)]
     found += _partial(equation)
     sound = dict.fromkeys(strategy for strategy in found if strategy is not None)
-    return [s for s in sound if not any((*s.inputs, *s.outputs)[k] == P for k in equation.termless)]
+    return [s for s in sound if base(s.factor) in equation.settled or not any((*s.inputs, *s.outputs)[k] == P for k in equation.termless)]
+
+
+def base(factor: str) -> str:
+    """Name of a factor without its number: `b.1` is `b`, `d0` is `d`, `x1&y1` is `x&y`."""
+    return "&".join(name.partition(".")[0].rstrip("0123456789") for name in factor.split("&"))
 
 
 def _divides(equation: Equation, group: tuple[str, ...], n: int) -> bool:

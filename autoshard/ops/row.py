@@ -82,7 +82,9 @@ class Rule:
         text, sizes, limits = (*text, {}, {})[:3] if isinstance(text, tuple) else (text, {}, {})
         equation = bind(text, [t.shape for t in call.inputs], [t.shape for t in call.outputs], sizes)
         termless = frozenset(k for k, t in enumerate((*call.inputs, *call.outputs)) if not _has_terms(t.dtype))
-        return replace(equation, termless=termless, ordered=self.lowering.ordered if self.lowering else frozenset(), limits=limits)
+        if self.lowering is not None:
+            equation = replace(equation, ordered=self.lowering.ordered, settled=self.lowering.settled)
+        return replace(equation, termless=termless, limits=limits)
 
 
 def _has_terms(dtype: torch.dtype) -> bool:
@@ -100,7 +102,7 @@ def letters(count: int, letter: str = "d") -> list[str]:
 
 
 def spell(inputs: Sequence[str], outputs: Sequence[str]) -> str:
-    return f"{', '.join(inputs)} -> {', '.join(outputs)}"
+    return f"{', '.join(inputs) or 'z*'} -> {', '.join(outputs)}"  # an only operand without dims cannot be written as nothing
 
 
 def dims_of(call: Call, argument: str, ndim: int) -> list[int]:
