@@ -1,28 +1,79 @@
-"""Losses."""
+"""Losses. Samples are split on every one; a mean over split samples is the local mean over the number of pieces."""
 
 from __future__ import annotations
 
-from autoshard.ops.row import Call, Lowering, Rule, rows
+from autoshard.ops.row import Call, Lowering, Rule, rows, spell
+
+_NONE, _MEAN, _SUM = 0, 1, 2
+_CLASSES = frozenset("c")
 
 
 def cross_entropy(call: Call) -> str:
     """Classes on dim 1 (dim 0 of a single sample); targets are class numbers, or probabilities of the input's shape."""
     logits, target = call.inputs[:2]
     batch = "b " if len(logits.shape) > 1 else ""
-    given_probabilities = target.dtype.is_floating_point
-    wanted = f"{batch}c s*" if given_probabilities else f"{batch}s*"
+    wanted = f"{batch}c s*" if target.dtype.is_floating_point else f"{batch}s*"
     weight = ", c" if len(call.inputs) > 2 else ""
-    out = f"{batch}s*" if call.get("reduction", 1) == 0 else ""
-    text = f"{batch}c s*, {wanted}{weight} -> {out}"
-    return text.replace("c", "[c]").replace("b ", "[b] ").replace("s*", "[s*]") if given_probabilities else text
+    return f"{batch}c s*, {wanted}{weight} -> {f'{batch}s*' if call.get('reduction') == _NONE else ''}"
 
+
+def _samples(call: Call) -> str:
+    """Name of the factors that are samples: a lowering divides where a mean is taken over them."""
+    return "m" if call.get("reduction") == _MEAN else "p"
+
+
+def pointwise_loss(call: Call) -> str:
+    """A loss of each number, with broadcasting, and their sum or mean."""
+    samples = f"{_samples(call)}*"
+    return spell([samples] * len(call.inputs), [samples if call.get("reduction") == _NONE else ""])
+
+
+def sample_loss(call: Call) -> str:
+    """A loss of each sample, whose last dim stays whole, and their sum or mean."""
+    samples = f"{_samples(call)}*"
+    return spell([f"{samples} [n]"] * len(call.inputs), [samples if call.get("reduction") == _NONE else ""])
+
+
+def class_margin_loss(call: Call) -> str:
+    """A loss of each sample, whose classes stay whole, its class number and weights of the classes."""
+    samples = f"{_samples(call)}*"
+    return spell([f"{samples} [n]", samples, "[n]"][: len(call.inputs)], [samples if call.get("reduction") == _NONE else ""])
+
+
+def pair_loss(call: Call) -> str:
+    """A loss of each pair of vectors, which stay whole, and its label."""
+    samples = f"{_samples(call)}*"
+    return spell([f"{samples} [n]"] * 2 + [samples], [samples if call.get("reduction") == _NONE else ""])
+
+
+def _averaged(name: str) -> Lowering:
+    return Lowering(name, {"m": "sample_axes"})
+
+
+def _of_classes(name: str) -> Lowering:
+    return Lowering(name, {"c": "class_axes", "b": "batch_axes", "s": "batch_axes"}, _CLASSES, _CLASSES)
+
+
+POINTWISE = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "margin_ranking_loss",
+    "mse_loss",
+    "poisson_nll_loss",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+]
 
 ROWS: dict[str, Rule] = {
-    **rows(
-        "cross_entropy_loss",
-        Rule(
-            cross_entropy,
-            Lowering("cross_entropy", {"c": "class_axes", "b": "batch_axes", "s": "batch_axes"}, frozenset("c"), frozenset("c")),
-        ),
-    ),
+    **rows("cross_entropy_loss", Rule(cross_entropy, _of_classes("cross_entropy"))),
+    **rows("nll_loss nll_loss2d nll_loss_nd", Rule(cross_entropy, _of_classes("nll_loss"))),
+    **{op: rule for name in POINTWISE for op, rule in rows(name, Rule(pointwise_loss, _averaged(name))).items()},
+    **rows("triplet_margin_loss", Rule(sample_loss, _averaged("triplet_margin_loss"))),
+    **rows("multilabel_margin_loss", Rule(sample_loss, _averaged("multilabel_margin_loss"))),
+    **rows("multi_margin_loss", Rule(class_margin_loss, _averaged("multi_margin_loss"))),
+    **rows("cosine_embedding_loss", Rule(pair_loss, _averaged("cosine_embedding_loss"))),
 }

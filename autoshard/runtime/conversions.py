@@ -138,3 +138,17 @@ def neighbour(x: Tensor, axes: Sequence[Axis], by: int) -> Tensor:
     edge = is_at(inner, 0 if by > 0 else inner.size - 1, x)
     moved = rotate(x, inner, by)
     return torch.where(edge, neighbour(moved, outer, by) if outer else 0.0, moved)
+
+
+def varied(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """A value that is I on `axes`, to be used differently on each rank (R)."""
+    for axis in axes:
+        x = vary(x, axis)
+    return x
+
+
+def maximum(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Elementwise maximum over ranks of `axes`; no gradient."""
+    for axis in axes:
+        x = axis.maximum(x)
+    return x
