@@ -56,7 +56,7 @@ class Equation:
     linked: tuple[tuple[str, ...], ...] = field(default=())  # groups of factors of different dims that are split together
     limits: Mapping[str, int] = field(default_factory=dict)  # most pieces of a factor or (`x&y`) of a linked group
     termless: frozenset[int] = frozenset()  # positions, inputs first, of operands and outputs that cannot be P
-    ordered: frozenset[str] = frozenset()  # factors that may not be split in segments
+    ordered: frozenset[str] = frozenset()  # factors, without their numbers, that may not be split in segments
     settled: frozenset[str] = frozenset()  # factors, without their numbers, whose lowering leaves I where it says P
 
     @property
@@ -222,7 +222,7 @@ def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[
         group = groups.get(factor, (factor,))
         if factor != group[0] or equation.whole & set(group) or not _divides(equation, group, n):
             continue
-        is_proposed = len(group) == 1 and factor not in equation.ordered
+        is_proposed = len(group) == 1 and base(factor) not in equation.ordered
         proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if is_proposed else [()]
         for segments in proposals:
             if any(size % n for size in segments):

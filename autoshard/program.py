@@ -162,6 +162,12 @@ def baked_values(leaves: Sequence[Any], model: nn.Module) -> tuple[str, ...]:
     return (*(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)), f"modes {modes}")
 
 
+def writes_statistics(node: fx.Node) -> bool:
+    """Whether an op writes running statistics (its arguments 3 and 4), which its schema does not say."""
+    flag = {"aten.batch_norm.default": "training", "aten.instance_norm.default": "use_input_stats"}.get(op_name(node))
+    return flag is not None and bool(arguments(node)[flag])
+
+
 def draws_random(node: fx.Node) -> bool:
     """Whether torch says that the op draws random numbers, whatever its arguments."""
     return torch.Tag.nondeterministic_seeded in getattr(op_of(node), "tags", ())

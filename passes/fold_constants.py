@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard.program import Program, arguments, facts, op_name, set_argument, tensor_operands
+from autoshard.program import Program, arguments, facts, op_name, set_argument, tensor_operands, writes_statistics
 
 _LARGEST_MASK = 2**28
 
@@ -24,7 +24,7 @@ class FoldConstants:
     def __call__(self, program: Program) -> Program:
         written = {node.args[0] for node in program.nodes("update")}
         for node in program.nodes("op"):
-            if op_name(node) == "aten.batch_norm.default" and arguments(node).get("training"):
+            if writes_statistics(node):
                 written |= set(node.args[3:5])
         for node in program.nodes("buffer"):
             facts(node).is_constant = node not in written and not facts(node).needs_grad

@@ -19,7 +19,7 @@ from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
 from autoshard.ops import lowerings
 from autoshard.ops.row import TensorInfo, is_differentiable
-from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts
+from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts, writes_statistics
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
@@ -261,10 +261,5 @@ def _drop_dead(program: Program) -> None:
     for node in reversed(list(program.graph.nodes)):
         role = facts(node).role
         is_alias = role == "parameter" and facts(node).name in program.aliases
-        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not _has_effect(node))):
+        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not writes_statistics(node))):
             program.graph.erase_node(node)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """Whether an op without users still writes running statistics."""
-    return str(node.target) == "aten.batch_norm.default"

@@ -1,14 +1,18 @@
-"""What all tests share: hypothesis profiles, one torch thread, golden files, and the gpu marker."""
+"""What all tests share: hypothesis profiles, one torch thread, golden files, the gpu marker, and what simulated axes send."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from autoshard.runtime import Collective
+from autoshard.simulator import SimulatedAxis
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,3 +51,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(), f"differs from tests/golden/{name}; if that is wanted: pytest --update-golden, and read the diff"
 
     return compare
+
+
+@pytest.fixture
+def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every collective that moves data: its name and how many numbers each rank gives."""
+    sent: list[tuple[str, int]] = []
+    run, maximum = SimulatedAxis.run, SimulatedAxis.maximum
+
+    def counting_run(self: SimulatedAxis, collective: Collective, values: Sequence[Tensor]) -> list[Tensor]:
+        if collective.name != "identity":
+            sent.append((collective.name, values[0].numel()))
+        return run(self, collective, values)
+
+    def counting_maximum(self: SimulatedAxis, x: object) -> object:
+        sent.append(("maximum", x.values[0].numel()))  # type: ignore[attr-defined]
+        return maximum(self, x)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SimulatedAxis, "run", counting_run)
+    monkeypatch.setattr(SimulatedAxis, "maximum", counting_maximum)
+    return sent

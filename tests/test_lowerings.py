@@ -5,7 +5,6 @@ tests/test_rules.py proves the same functions op by op; here the plan is fixed, 
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,32 +13,10 @@ from torch.nn import Buffer
 
 from autoshard.mesh import MeshSpec
 from autoshard.placements import I, P, R, S
-from autoshard.runtime import Collective
-from autoshard.simulator import SimulatedAxis
 from autoshard.testing import OpCase, Run, check_rule, difference, dual
 
 aten = torch.ops.aten
 MESH = MeshSpec.of("a=2,b=2")
-
-
-@pytest.fixture
-def wire(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Every collective that moves data: its name and how many numbers each rank gives."""
-    sent: list[tuple[str, int]] = []
-    run, maximum = SimulatedAxis.run, SimulatedAxis.maximum
-
-    def counting_run(self: SimulatedAxis, collective: Collective, values: Sequence[Tensor]) -> list[Tensor]:
-        if collective.name != "identity":
-            sent.append((collective.name, values[0].numel()))
-        return run(self, collective, values)
-
-    def counting_maximum(self: SimulatedAxis, x: object) -> object:
-        sent.append(("maximum", x.values[0].numel()))  # type: ignore[attr-defined]
-        return maximum(self, x)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SimulatedAxis, "run", counting_run)
-    monkeypatch.setattr(SimulatedAxis, "maximum", counting_maximum)
-    return sent
 
 
 def x(*shape: int, seed: int = 0) -> Tensor:

@@ -188,7 +188,6 @@ ROWS: dict[str, Rule] = {
     **rows("dist", Rule(distance, _settled("dist"))),
     **rows("pairwise_distance", Rule(pairwise_distance, _settled("pairwise_distance"))),
     **rows("cosine_similarity", Rule(cosine_similarity, Lowering("cosine_similarity", _SPLIT))),
-    **rows("cdist", Rule("b* p [m], b* r [m] -> b* p r")),
     **rows("histc", Rule(histogram)),
     **rows("trace", Rule("[m] [n] -> ")),
     **rows("renorm", Rule(renorm)),

@@ -32,6 +32,8 @@ __all__ = [
     "triplet_margin_loss",
 ]
 
+_AUTOCAST = ("cuda", "cpu")  # device types on which autocast makes losses return float32
+
 
 def _averaged(name: str) -> Callable[..., Tensor]:
     def loss(*args: Any, sample_axes: Sequence[Axis]) -> Tensor:
@@ -87,7 +89,7 @@ def cross_entropy(
         loss = _soft_cross_entropy(shifted, target, weight, label_smoothing, class_axes)
         loss = loss.sum() if reduction else loss
         loss = loss / (logits.numel() // logits.shape[dim] * ways(batch_axes)) if reduction == 1 else loss
-        return narrow(loss, dtype)
+        return narrow(loss, dtype, _AUTOCAST)
     log_z = torch.log(total(shifted.exp().sum(dim), class_axes))
     valid = target != ignore_index
     picked, share = _picked(shifted, target, weight, valid, class_axes)
@@ -98,7 +100,7 @@ def cross_entropy(
         shares = count if weight is None else total(weight.sum(), class_axes)
         everywhere = log_z * shares - total(each.sum(dim), class_axes)  # log_z is I: it must not be used per class
         loss = (1 - label_smoothing) * loss + label_smoothing / count * everywhere
-    return narrow(_reduced(loss, share, valid, reduction, batch_axes), dtype)
+    return narrow(_reduced(loss, share, valid, reduction, batch_axes), dtype, _AUTOCAST)
 
 
 def nll_loss(
@@ -114,7 +116,7 @@ def nll_loss(
     """Negative log likelihood of (N, C, ...) or (C), laid out and reduced as in cross_entropy."""
     valid = target != ignore_index
     picked, share = _picked(widen(x), target, weight, valid, class_axes)
-    return narrow(_reduced(-picked * share, share, valid, reduction, batch_axes), x.dtype)
+    return narrow(_reduced(-picked * share, share, valid, reduction, batch_axes), x.dtype, _AUTOCAST)
 
 
 def _soft_cross_entropy(shifted: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, axes: Sequence[Axis]) -> Tensor:

@@ -68,7 +68,7 @@ def rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None, *, dim_axes: Sequence[Axis]
 ) -> Tensor:
     """RMS norm over the last dims, of which some are split on `dim_axes`: one sum of each sample crosses the axes."""
-    return fused_rms_norm(x, normalized_shape, weight, eps, dim_axes=dim_axes)[0]
+    return narrow(fused_rms_norm(widen(x), normalized_shape, weight, eps, dim_axes=dim_axes)[0], x.dtype)
 
 
 def fused_rms_norm(
@@ -79,7 +79,7 @@ def fused_rms_norm(
     count = math.prod(x.shape[dim] for dim in dims) * ways(dim_axes)
     squares = total((wide * wide).sum(dims, keepdim=True), dim_axes)
     scale = torch.rsqrt(squares / count + (torch.finfo(wide.dtype).eps if eps is None else eps))
-    return narrow(_scaled(wide * varied(scale, dim_axes), weight, None), x.dtype), scale
+    return _scaled(wide * varied(scale, dim_axes), weight, None).to(x.dtype), scale
 
 
 def group_norm(
@@ -116,7 +116,7 @@ def instance_norm(
 ) -> Tensor:
     """Instance norm of (N, C, ...) without running statistics, space split on `dim_axes`."""
     y, _, _ = _standardized(x, list(range(2, x.dim())), eps, dim_axes)
-    return narrow(_scaled(y, weight, bias, [-1, *[1] * (x.dim() - 2)]), x.dtype)
+    return _scaled(y, weight, bias, [-1, *[1] * (x.dim() - 2)]).to(x.dtype)
 
 
 def _standardized(x: Tensor, dims: list[int], eps: float, axes: Sequence[Axis]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,8 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALVES else x
 
 
-def narrow(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """`y` as an op on `dtype` returns it; under autocast the ops that sum in float32 return float32."""
-    is_autocast = torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
-    return y if is_autocast and dtype in HALVES else y.to(dtype)
+def narrow(y: Tensor, dtype: torch.dtype, autocast: tuple[str, ...] = ("cuda",)) -> Tensor:
+    """`y` as an op on `dtype` returns it, which autocast makes return float32 on the device types of `autocast`."""
+    device = y.device.type
+    is_kept = dtype in HALVES and device in autocast and torch.is_autocast_enabled(device)
+    return y if is_kept else y.to(dtype)

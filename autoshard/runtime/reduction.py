@@ -55,22 +55,27 @@ def _dims(x: Tensor, dim: Dims) -> list[int]:
 
 def softmax(x: Tensor, dim: int, dtype: torch.dtype | bool | None = None, *, dim_axes: Sequence[Axis]) -> Tensor:
     """Softmax over a split dim; `dtype` may be the flag half_to_float of the inner op."""
-    shifted, wanted = _shifted(x, dim, dtype, dim_axes)
-    grown = shifted.exp()
-    return narrow(grown / sum_over(grown.sum(dim, keepdim=True), dim_axes), wanted)
+    grown = _shifted(x, dim, dtype, dim_axes).exp()
+    return _as_asked(grown / sum_over(grown.sum(dim, keepdim=True), dim_axes), x, dtype)
 
 
 def log_softmax(x: Tensor, dim: int, dtype: torch.dtype | bool | None = None, *, dim_axes: Sequence[Axis]) -> Tensor:
     """Logarithm of softmax."""
-    shifted, wanted = _shifted(x, dim, dtype, dim_axes)
-    return narrow(shifted - sum_over(shifted.exp().sum(dim, keepdim=True), dim_axes).log(), wanted)
+    shifted = _shifted(x, dim, dtype, dim_axes)
+    return _as_asked(shifted - sum_over(shifted.exp().sum(dim, keepdim=True), dim_axes).log(), x, dtype)
 
 
-def _shifted(x: Tensor, dim: int, dtype: torch.dtype | bool | None, axes: Sequence[Axis]) -> tuple[Tensor, torch.dtype]:
-    """`x` less its maximum over `dim`, and the dtype of the result."""
-    given = torch.float32 if dtype is True else dtype or x.dtype
-    wide = widen(x.to(given))
-    return wide - maximum(wide.detach().amax(dim, keepdim=True), axes), given
+def _shifted(x: Tensor, dim: int, dtype: torch.dtype | bool | None, axes: Sequence[Axis]) -> Tensor:
+    """`x` less its maximum over `dim`, in float32 at least."""
+    wide = widen(x if dtype is None or isinstance(dtype, bool) else x.to(dtype))
+    return wide - maximum(wide.detach().amax(dim, keepdim=True), axes)
+
+
+def _as_asked(y: Tensor, x: Tensor, dtype: torch.dtype | bool | None) -> Tensor:
+    """`y` in the dtype of the op on `x`; autocast does not reach the inner op, which has a flag in place of a dtype."""
+    if isinstance(dtype, bool):
+        return y if dtype else y.to(x.dtype)
+    return narrow(y, x.dtype) if dtype is None else y.to(dtype)
 
 
 def logsumexp(x: Tensor, dim: Dims, keepdim: bool = False, *, reduced_axes: Sequence[Axis]) -> Tensor:
@@ -216,6 +221,8 @@ def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, dim_axes: S
         is_before = (torch.arange(axis.size, device=x.device) < axis.rank).view(-1, *[1] * x.dim())
         result = result + torch.where(is_before, pieces, 0).sum(0)
         piece = pieces.sum(0)
+    if dtype is not None:
+        return result.to(dtype)
     return narrow(result, wanted) if wanted in HALVES else result
 
 
@@ -229,17 +236,19 @@ def vector_norm(
     reduced_axes: Sequence[Axis],
 ) -> Tensor:
     """Norm over split dims: the norm of the pieces' norms, or the extreme absolute number."""
-    order = 2.0 if order is None else float(order)
-    dims, wanted = _dims(x, dim), dtype or x.dtype
-    x = widen(x.to(wanted))
+    result = _norm(widen(x if dtype is None else x.to(dtype)), 2.0 if order is None else float(order), _dims(x, dim), keepdim, reduced_axes)
+    return narrow(result, x.dtype) if dtype is None else result.to(dtype)
+
+
+def _norm(x: Tensor, order: float, dims: list[int], keepdim: bool, axes: Sequence[Axis]) -> Tensor:
     if math.isinf(order):
-        return narrow((amax if order > 0 else amin)(x.abs(), dims, keepdim, reduced_axes=reduced_axes), wanted)
+        return (amax if order > 0 else amin)(x.abs(), dims, keepdim, reduced_axes=axes)
     local = torch.linalg.vector_norm(x, order, dims, keepdim)
     if order == 0:
-        return narrow(total(local, reduced_axes), wanted)
-    for axis in reversed(reduced_axes):
+        return total(local, axes)
+    for axis in reversed(axes):
         local = torch.linalg.vector_norm(all_gather_invariant(local.unsqueeze(0), axis, 0), order, 0)
-    return narrow(local, wanted)
+    return local
 
 
 def matrix_norm(
@@ -257,27 +266,30 @@ def matrix_norm(
 
 def dist(x: Tensor, y: Tensor, p: float = 2, *, reduced_axes: Sequence[Axis]) -> Tensor:
     """Norm of the difference."""
-    return vector_norm(x - y, p, reduced_axes=reduced_axes)
+    apart = widen(x) - widen(y)
+    result = _norm(apart, p, _dims(apart, None), False, reduced_axes)
+    return narrow(result, torch.promote_types(x.dtype, y.dtype))
 
 
 def pairwise_distance(
     x: Tensor, y: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False, *, reduced_axes: Sequence[Axis]
 ) -> Tensor:
     """Norm of the difference over a last dim that is split."""
-    return vector_norm(x - y + eps, p, -1, keepdim, reduced_axes=reduced_axes)
+    result = _norm(widen(x) - widen(y) + eps, p, [-1], keepdim, reduced_axes)
+    return narrow(result, torch.promote_types(x.dtype, y.dtype))
 
 
 def cosine_similarity(x: Tensor, y: Tensor, dim: int = 1, eps: float = 1e-8, *, reduced_axes: Sequence[Axis]) -> Tensor:
     """Product of both over their norms along a split dim; the result is P."""
-    x, y = torch.broadcast_tensors(x, y)
-    product = None
-    for factor in (x, y):
-        norm = vector_norm(factor, 2, dim, True, reduced_axes=reduced_axes)
-        norm = norm + (norm.clamp_min(eps) - norm).detach()  # the gradient of a small norm passes the bound, as in the op
-        scaled = factor / varied(norm, reduced_axes)
-        product = scaled if product is None else product * scaled
-    assert product is not None
-    return product.sum(dim)
+    both = torch.broadcast_tensors(widen(x), widen(y))
+    product = _unit(both[0], dim, eps, reduced_axes) * _unit(both[1], dim, eps, reduced_axes)
+    return narrow(product.sum(dim), torch.promote_types(x.dtype, y.dtype))
+
+
+def _unit(x: Tensor, dim: int, eps: float, axes: Sequence[Axis]) -> Tensor:
+    """`x` over its norm, which counts as `eps` at least; the gradient of a small norm passes that bound, as in the op."""
+    norm = _norm(x, 2.0, [dim], True, axes)
+    return x / varied(norm + (norm.clamp_min(eps) - norm).detach(), axes)
 
 
 def prod(
@@ -289,7 +301,9 @@ def prod(
     local = x.prod(dtype=wide) if dim is None else x.prod(dim, keepdim, dtype=wide)
     for axis in reversed(reduced_axes):
         local = all_gather_invariant(local.unsqueeze(0), axis, 0).prod(0)
-    return narrow(local, wanted) if wanted in HALVES else local
+    if dtype is not None:
+        return local.to(dtype)
+    return narrow(local, wanted, ("cuda", "cpu")) if wanted in HALVES else local
 
 
 def any_of(x: Tensor, dim: Dims = None, keepdim: bool = False, *, reduced_axes: Sequence[Axis]) -> Tensor:

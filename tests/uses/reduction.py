@@ -63,11 +63,6 @@ USES: dict[str, list[Use]] = {
     "aten.argmin.default": [use("k0 d1", tied(4, 12), 1), use("d0", tied(4, 3, 2)), use("k0 d1", ints(3, 4, 12), 1)],
     "aten.argsort.default": [use("k0", x(4, 6)), use("k1", x(4, 6), 0, True)],
     "aten.argsort.stable": [use("k0", tied(4, 6), stable=True)],
-    "aten.cdist.default": [
-        use("p r", x(4, 3), x(6, 3)),
-        use("b.0 p r", x(2, 4, 3), x(2, 6, 3), 1.0),
-        use("b.0 p r", x(2, 4, 3), x(6, 3)),
-    ],
     "aten.cosine_similarity.default": [
         use("k0 d1", x(4, 6), x(4, 6)),
         use("k0 d1 k2", x(2, 6, 4), x(2, 6, 4), 1, 1e-3),
