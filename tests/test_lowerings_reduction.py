@@ -9,10 +9,12 @@ from precision import check_precision
 from test_lowerings import MESH, ints, run, x
 from uses import USES
 
+from autoshard import runtime
 from autoshard.candidates import lowered_axes
-from autoshard.ops import RULES
+from autoshard.ops import RULES, loss, normalization, reduction
 from autoshard.placements import I, P, S
 from autoshard.program import call_of
+from autoshard.runtime import Axis
 from autoshard.testing import OpCase, check_rule
 from autoshard.traffic import meter
 
@@ -175,3 +177,18 @@ def test_layouts_of_results() -> None:
     assert run(case, "d1", "d1")[1] == (I, I)
     assert run(case, "k0", "d1")[1] == (S(0), I)
     assert run(OpCase(aten.histc.default, (torch.nn.Buffer(x(8)), 4, -1, 1), {}, MESH), "d0", "d0")[1] == (P, P)
+
+
+MINE = [name for family in (loss, normalization, reduction) for name, rule in family.ROWS.items() if rule.lowering is not None]
+
+
+@pytest.mark.parametrize("name", sorted({RULES[name].lowering.function: name for name in MINE}.values()))  # type: ignore[union-attr]
+def test_traced_by_the_compiler_as_one_graph(name: str) -> None:
+    """On an axis of one rank, where nothing is sent."""
+    lowering = RULES[name].lowering
+    assert lowering is not None
+    function, row = getattr(runtime, lowering.function), USES[name][0]
+    axes = {key: (Axis("a", 1, 0, ""),) for key in lowering.axes.values()}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: function(*args, **axes, **row.kwargs), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*row.args), overload(name)(*row.args, **row.kwargs), equal_nan=True)

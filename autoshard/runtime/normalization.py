@@ -76,7 +76,7 @@ def fused_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """rms_norm, and the reciprocal root mean square of each sample."""
     wide, dims = widen(x), _last(normalized_shape)
-    count = math.prod(x.shape[dim] for dim in dims) * ways(dim_axes)
+    count = math.prod([x.shape[dim] for dim in dims]) * ways(dim_axes)
     squares = total((wide * wide).sum(dims, keepdim=True), dim_axes)
     scale = torch.rsqrt(squares / count + (torch.finfo(wide.dtype).eps if eps is None else eps))
     return _scaled(wide * varied(scale, dim_axes), weight, None).to(x.dtype), scale
@@ -122,7 +122,7 @@ def instance_norm(
 def _standardized(x: Tensor, dims: list[int], eps: float, axes: Sequence[Axis]) -> tuple[Tensor, Tensor, Tensor]:
     """`x` less its mean, over its deviation, and both statistics: over `dims`, which are split on `axes`, in float32 at least."""
     x = widen(x)
-    count = math.prod(x.shape[dim] for dim in dims) * ways(axes)
+    count = math.prod([x.shape[dim] for dim in dims]) * ways(axes)
     average = sum_over(x.sum(dims, keepdim=True), axes) / count
     centered = x - average
     variance = sum_over((centered * centered).sum(dims, keepdim=True), axes) / count

@@ -135,7 +135,7 @@ def _moments(x: Tensor, args: Sequence[Any], correction: float | None, keepdim: 
     correction = given[1] if len(given) > 1 else 1 if correction is None else correction
     keepdim = given[2] if len(given) > 2 else keepdim
     x = widen(x)
-    count = math.prod(x.shape[dim] for dim in dims) * ways(axes)
+    count = math.prod([x.shape[dim] for dim in dims]) * ways(axes)
     average = total(x.sum(dims, keepdim=True), axes) / count
     centered = x - varied(average, axes)
     variance = total((centered * centered).sum(dims, keepdim=True), axes) / max(count - correction, 0)
