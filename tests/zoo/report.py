@@ -15,13 +15,11 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import io
 import json
 import logging
 import multiprocessing
 import platform
 import re
-import sys
 import time
 import warnings
 from collections import Counter
@@ -42,7 +40,7 @@ from zoo.models import ENTRIES, REFUSED, Entry, missing
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "out" / "zoo", ROOT / "docs" / "coverage.md"
-LIMIT_S = 600
+MODELS_A_WORKER = 12  # so that memory does not grow
 
 
 @cache
@@ -109,26 +107,22 @@ def run_one(entry: Entry, meshes: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _run_here(name: str, meshes: Sequence[str]) -> None:
+def prepare_worker() -> None:
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
-    sys.stderr = io.StringIO()
+
+
+def run_and_keep(name: str, meshes: Sequence[str]) -> None:
+    """run_one in a worker; its records are left in files."""
     for mesh, record in zip(meshes, run_one({**ENTRIES, **REFUSED}[name], meshes), strict=True):
         path_of(name, mesh).write_text(json.dumps(record))
 
 
-def run_apart(name: str, meshes: Sequence[str]) -> None:
-    """run_one in a process of its own, forked after the imports; its records are left in files."""
-    process = multiprocessing.get_context("fork").Process(target=_run_here, args=(name, meshes))
-    process.start()
-    process.join(LIMIT_S)
-    if process.is_alive():
-        process.kill()
-    if process.exitcode != 0:
-        why = f"took longer than {LIMIT_S} s" if process.exitcode is None else f"the process ended with {process.exitcode}"
-        for mesh in meshes:
-            record = {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {"both modes": why}}
-            path_of(name, mesh).write_text(json.dumps(record))
+def keep_failure(name: str, meshes: Sequence[str], why: str) -> None:
+    for mesh in meshes:
+        record = {"library": library_hash(), "mesh": mesh, "outcomes": [], "refused": {"both modes": why}}
+        path_of(name, mesh).write_text(json.dumps(record))
 
 
 def path_of(name: str, mesh: str) -> Path:
@@ -226,17 +220,23 @@ def main() -> None:
     names, until = [name for name in given.only if not missing(everything[name])], time.monotonic() + 60 * given.minutes
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
-    def work(name: str) -> list[dict[str, Any]]:
-        meshes = [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh) is None]
-        if meshes and time.monotonic() < until:
-            run_apart(name, meshes)
-        return [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
+    def missing_meshes(name: str) -> list[str]:
+        return [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh) is None]
 
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        for name, records in zip(names, pool.map(work, names), strict=True):
-            found[name] = records
-            if records:
-                print(f"{name}: {result_of(records, everything[name])}", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, prepare_worker, max_tasks_per_child=MODELS_A_WORKER) as pool:
+        waiting = {name: pool.submit(run_and_keep, name, meshes) for name in names if (meshes := missing_meshes(name))}
+        for name in names:
+            if name in waiting:
+                try:
+                    waiting[name].result(max(1.0, until - time.monotonic()))
+                except TimeoutError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+                except Exception as error:
+                    keep_failure(name, missing_meshes(name), f"the run ended with {type(error).__name__}: {error}")
+            found[name] = [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
+            print(f"{name}: {result_of(found[name], everything[name])}", flush=True)
     PAGE.write_text(page(found))
     failing = [name for name in names if name in ENTRIES and failures_of(found[name])]
     failing += [name for name in names if name in REFUSED and found[name] and result_of(found[name], everything[name]).startswith("**")]
