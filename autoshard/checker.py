@@ -25,9 +25,25 @@ from autoshard.program import Facts, Program, arguments, call_of, carries_gradie
 def check(program: Program) -> None:
     """Raise PlacementError that lists every fault of the program."""
     faults = [f"{node.name}: {fault}" for node in program.nodes() for fault in faults_of(program, node)]
+    faults += _region_faults(program)
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
+
+
+def _region_faults(program: Program) -> Iterator[str]:
+    """Whether every checkpointed region is one unbroken run of nodes that can run twice."""
+    seen: dict[int, fx.Node] = {}
+    before: int | None = None
+    for node in program.nodes():
+        number = facts(node).recompute
+        if number is not None and number != before and number in seen:
+            yield f"{node.name}: goes on with region {number}, which ended at {seen[number].name}"
+        if number is not None:
+            seen[number] = node
+            if facts(node).role not in ("op", "conversion", "projection") or facts(node).is_constant:
+                yield f"{node.name}: a {facts(node).role} cannot be recomputed"
+        before = number
 
 
 def faults_of(program: Program, node: fx.Node) -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from autoshard import runtime
+from autoshard import autocast, runtime
 from autoshard.dtensors import torch_placements
 from autoshard.plan import Plan
 from autoshard.program import Facts, facts
@@ -39,7 +39,11 @@ class LoadedProgram:
         if self.watched:
             self._watch()
         given = [leaves[k] for k in self.takes]
-        results = self.program.forward(*map(local_of, given))
+        if any(map(torch.is_autocast_enabled, autocast.DEVICES)):  # the program enters the regions that it was traced in by itself
+            with autocast.entered(()):
+                results = self.program.forward(*map(local_of, given))
+        else:
+            results = self.program.forward(*map(local_of, given))
         if self.as_dtensors:
             results = [
                 self._distributed(x, known, mesh) if known and known.value.shape else x

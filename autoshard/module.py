@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from autoshard import runtime
 from autoshard.agreement import agree, content, sample
+from autoshard.autocast import ambient
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
 from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
@@ -117,7 +118,7 @@ class ShardedModule(nn.Module):
             state.members, state.slots = tuple(self.modules()), _slots(self)
         modes = tuple([module.training for module in state.members])
         trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
-        key = (str(spec), tuple([_leaf_key(leaf) for leaf in leaves]), modes, trained)
+        key = (str(spec), tuple([_leaf_key(leaf) for leaf in leaves]), modes, trained, ambient())
         if key not in state.ready:
             with torch.inference_mode(False):  # what is made now serves training later
                 state.ready[key] = self._prepare(args, kwargs, leaves)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from autoshard.autocast import Autocast
 from autoshard.equations import Strategy
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.mesh import MeshSpec
@@ -230,6 +231,8 @@ def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
         "hub": None if known.hub is None else format_layout(known.hub, mesh),
         "op": None if known.op is None else str(known.op),
         "random_axes": known.random_axes,
+        "autocast": [[region.device, str(region.dtype).removeprefix("torch.")] for region in known.autocast],
+        "recompute": known.recompute,
         "source": [_one_line(part) for part in dataclasses.astuple(known.source)],
     }
     for name in ("name", "site", "is_constant", "is_persistent", "is_pinned"):
@@ -252,6 +255,8 @@ def _read_facts(body: dict[str, Any], mesh: MeshSpec) -> Facts:
     known.hub = None if body["hub"] is None else parse_layout(body["hub"], mesh)
     known.op = None if body["op"] is None else _read_op(body["op"])
     known.random_axes = None if body["random_axes"] is None else tuple(body["random_axes"])
+    known.autocast = tuple(Autocast(device, _dtype(dtype)) for device, dtype in body["autocast"])
+    known.recompute = body["recompute"]
     known.site, known.is_constant, known.is_persistent, known.is_pinned = (
         body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned")
     )

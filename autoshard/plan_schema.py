@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 
-from autoshard import runtime
+from autoshard import autocast, runtime
 from autoshard.conversions import BY_NAME
 from autoshard.errors import PlanError
 from autoshard.mesh import MeshSpec
@@ -103,6 +103,10 @@ def check_facts(body: Mapping[str, Any], mesh: MeshSpec) -> None:
         require(type(body[name]) is cls, f"{name} is {body[name]!r}")
     require(is_quotable(body["name"]), f"the name {body['name']!r}")
     require(body["random_axes"] is None or set(body["random_axes"]) <= set(mesh.axes), f"random_axes are {body['random_axes']!r}")
+    devices = [device for device, _ in body["autocast"]]
+    require(set(devices) <= set(autocast.DEVICES) and devices == sorted(set(devices)), f"autocast is {body['autocast']!r}")
+    number = body["recompute"]
+    require(number is None or (type(number) is int and number > 0), f"recompute is {number!r}")
     module, module_class, call, file, line, text = body["source"]
     require(all(map(is_line, (module, module_class, call, file, text))) and type(line) is int, "where a node comes from")
     for shape, _, needs_grad in body["values"]:
@@ -147,5 +151,5 @@ def check_source(text: str) -> None:
             require(not name.startswith("__"), f"its program reads {name}")
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            is_known = called in FUNCTIONS or called == "float" or called.startswith(("aten.", "torch.ops.", "self."))
+            is_known = called in FUNCTIONS or called in ("float", "torch.autocast") or called.startswith(("aten.", "torch.ops.", "self."))
             require(is_known, f"its program calls {called}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from autoshard import runtime
+from autoshard import autocast, runtime
 from autoshard.equations import Strategy
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
@@ -44,7 +44,8 @@ class Facts:
     name: of a parameter or buffer its name in the model, of an input its argument name. axes: mesh axes on which a random
     op draws different numbers (None: not random), `site` its number. is_constant: computed once, not at every step.
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
-    op: the op that a lowering stands for.
+    op: the op that a lowering stands for. autocast: the regions of torch.autocast that it runs in. recompute: number of the
+    region of torch.utils.checkpoint that it belongs to.
     """
 
     role: Role
@@ -60,6 +61,8 @@ class Facts:
     hub: Layout | None = None
     is_pinned: bool = False
     op: torch._ops.OpOverload | None = None
+    autocast: autocast.State = ()
+    recompute: int | None = None
 
     @property
     def value(self) -> TensorInfo:
@@ -157,9 +160,10 @@ def carries_gradient(node: fx.Node) -> bool:
 
 
 def baked_values(leaves: Sequence[Any], model: nn.Module) -> tuple[str, ...]:
-    """What a trace bakes in besides shapes: arguments that are no tensors, and which modules train."""
+    """What a trace bakes in besides shapes: arguments that are no tensors, which modules train, the caller's autocast."""
     modes = "".join("t" if module.training else "e" for module in model.modules())
-    return (*(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)), f"modes {modes}")
+    regions = (f"autocast {region.device} {region.dtype}" for region in autocast.ambient())
+    return (*(repr(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)), f"modes {modes}", *regions)
 
 
 def writes_statistics(node: fx.Node) -> bool:

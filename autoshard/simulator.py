@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard import autocast
 from autoshard.mesh import MeshSpec
 from autoshard.placements import shard, unshard
 from autoshard.program import Program, arguments, facts, is_of_runtime
@@ -220,7 +221,8 @@ def run_program(
             env[node] = given if isinstance(given, Ranks) else _spread(given, node, program)
             (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = env[node]
         else:
-            env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)
+            with autocast.entered(known.autocast):
+                env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)
         simulation.values[node.name] = env[node]
     return simulation
 

@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+# annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
+from torch.fx import traceback as fx_traceback
+
+# The pass of torch.export that makes regions of no_grad blocks: see keep_nested_no_grad.
+from torch._export.passes import replace_set_grad_with_hop_pass as set_grad_pass
 
 # FakeTensor: tracing without memory, on the device where the program will run. If it moves: trace_model cannot start.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,10 +36,13 @@ __all__ = [
     "fake_copy",
     "fake_mode",
     "is_in_backward",
+    "keep_nested_no_grad",
     "let_segments_be_read",
     "local_of",
     "pytree",
     "record_lost_backwards",
+    "region_of",
+    "tag_checkpoints",
 ]
 
 
@@ -58,25 +67,15 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> n
 def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
     """Call `found(kind, where)` for what non-strict export drops silently while the block runs.
 
-    kind: "checkpoint", or the name of a custom autograd.Function. Patches Function.apply and checkpoint's own inner
-    function, which every spelling of torch.utils.checkpoint reaches. If they move: test_trace_model fails.
+    kind: "Tensor.register_hook", "torch.autograd.grad", or the name of a custom autograd.Function. Patches all three. If they
+    move: test_errors fails.
     """
-    apply, inner = vars(torch.autograd.Function)["apply"], checkpoint_module._checkpoint_without_reentrant_generator
-
-    def where() -> str:
-        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "/autoshard/" not in f.filename]
-        return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
+    apply, where = vars(torch.autograd.Function)["apply"], _users_line
 
     def recording_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ == checkpoint_module.__name__:
-            found("checkpoint", where())
-        elif not cls.__module__.startswith("torch."):
+        if not cls.__module__.startswith("torch."):
             found(cls.__qualname__, where())
         return apply.__get__(None, cls)(*args, **kwargs)  # a Python classmethod, or one of C
-
-    def recording_inner(*args: Any, **kwargs: Any) -> Any:
-        found("checkpoint", where())
-        return inner(*args, **kwargs)
 
     def recording_hook(tensor: Any, hook: Any) -> Any:
         found("Tensor.register_hook", where())
@@ -90,13 +89,100 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
     register_hook, autograd_grad = torch.Tensor.register_hook, torch.autograd.grad
     torch.Tensor.register_hook, torch.autograd.grad = recording_hook, recording_grad  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(recording_apply)  # type: ignore[method-assign,assignment]
-    checkpoint_module._checkpoint_without_reentrant_generator = recording_inner
     try:
         yield
     finally:
         torch.Tensor.register_hook, torch.autograd.grad = register_hook, autograd_grad  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-        checkpoint_module._checkpoint_without_reentrant_generator = inner
+
+
+def _users_line() -> str:
+    frames = [f for f in traceback.extract_stack() if not any(part in f.filename for part in ("/torch/", "/autoshard/", "/passes/"))]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
+
+
+_REGION = "autoshard_region"
+# The generators that torch.utils.checkpoint runs around the function, by torch version: the second one since 2.14.
+_GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
+
+@contextlib.contextmanager
+def tag_checkpoints(selective: Callable[[str], Any] = lambda where: None) -> Iterator[None]:
+    """While the block runs, torch.utils.checkpoint just calls its function, and nodes traced there carry the region's number.
+
+    Tracing would drop the regions silently. A region inside another belongs to the outer one. `selective(where)` is called for
+    a region with its own context_fn, which is not looked at. Patches the generators that every spelling of checkpoint runs, and
+    CheckpointFunction.apply. If they move: test_regions fails.
+    """
+    count, module = 0, checkpoint_module
+    apply = vars(module.CheckpointFunction).get("apply")  # there already where one such block stands in another
+    generators = {name: getattr(module, name) for name in _GENERATORS if hasattr(module, name)}
+
+    @contextlib.contextmanager
+    def tagged() -> Iterator[None]:
+        nonlocal count
+        if _REGION in fx_traceback.current_meta.get("custom", {}):
+            yield
+            return
+        count += 1
+        with fx_traceback.annotate({_REGION: count}):
+            yield
+
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        contexts = kwargs.get("context_fn", next((a for a in args[2:3] if callable(a)), module.noop_context_fn))
+        if contexts is not module.noop_context_fn:
+            selective(_users_line())
+        with tagged():
+            yield
+
+    def reentrant(function: Callable, preserve: bool, *args: Any) -> Any:
+        with tagged():
+            return function(*args)
+
+    for name in generators:
+        setattr(module, name, generator)
+    module.CheckpointFunction.apply = staticmethod(reentrant)  # type: ignore[method-assign,assignment]
+    try:
+        with fx_traceback.preserve_node_meta():
+            yield
+    finally:
+        for name, original in generators.items():
+            setattr(module, name, original)
+        if apply is None:
+            del module.CheckpointFunction.apply
+        else:
+            module.CheckpointFunction.apply = apply  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def keep_nested_no_grad() -> Iterator[None]:
+    """While the block runs, torch.export sees a no-grad region inside an autocast region, which it otherwise drops silently.
+
+    Its pass looks for `_set_grad_enabled` as the first node of a piece of the graph, and cutting the graph has put
+    `_enter_autocast` before it. If it moves: test_regions fails, such models get gradients that eager does not have.
+    """
+    original = set_grad_pass._is_set_grad_enabled_sub_mod
+    opened = torch.amp.autocast_mode._enter_autocast
+
+    def is_region(node: fx.Node, omit_if_same_with_ambient: bool = False) -> bool:
+        if node.op != "call_module":
+            return False
+        inner = getattr(node.graph.owning_module, str(node.target)).graph.nodes
+        first = next((n for n in inner if n.op != "placeholder" and n.target is not opened), None)
+        if first is None or first.target is not torch._C._set_grad_enabled:
+            return False
+        return not omit_if_same_with_ambient or first.args[0] != torch.is_grad_enabled()
+
+    set_grad_pass._is_set_grad_enabled_sub_mod = is_region
+    try:
+        yield
+    finally:
+        set_grad_pass._is_set_grad_enabled_sub_mod = original
+
+
+def region_of(node: fx.Node) -> int | None:
+    """Number of the checkpointed region that a node was traced in."""
+    return (node.meta.get("custom") or {}).get(_REGION)
 
 
 def is_in_backward() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from autoshard import autocast
 from autoshard.errors import InputError
 from autoshard.mesh import MeshSpec
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
@@ -18,7 +19,7 @@ from autoshard.plan import Plan
 from autoshard.program import Program, call_of, facts, op_name
 from autoshard.rules import rule_of
 from autoshard.simulator import Ranks, Simulation, run_program, without_randomness
-from autoshard.torch_internals import pytree
+from autoshard.torch_internals import pytree, tag_checkpoints
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -76,7 +77,8 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
     is_random_off = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
     reference = copy.deepcopy(model)
     reference.train(plan.program.is_training)
-    expected = _without_random(reference, args, kwargs) if is_random_off else _tensor_leaves(reference(*args, **kwargs))
+    with tag_checkpoints():  # without recomputing: torch writes running statistics a second time there
+        expected = _without_random(reference, args, kwargs) if is_random_off else _tensor_leaves(reference(*args, **kwargs))
     simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
     actual = [output for output in simulation.outputs if isinstance(output, Ranks)]
     nodes = [node for node in plan.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
@@ -153,5 +155,6 @@ def run_single(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Ma
             args, kwargs = (node.args, dict(node.kwargs))
             if rule is not None and rule.is_random(call_of(node)):
                 args, kwargs = without_randomness(node)
-            env[node] = node.target(*fx.map_arg(args, lambda n: env[n]), **fx.map_arg(kwargs, lambda n: env[n]))
+            with autocast.entered(known.autocast):
+                env[node] = node.target(*fx.map_arg(args, lambda n: env[n]), **fx.map_arg(kwargs, lambda n: env[n]))
     return []

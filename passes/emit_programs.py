@@ -7,23 +7,27 @@ written to a directory is the text that runs in memory.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from autoshard.autocast import Autocast, State
 from autoshard.conversions import BY_NAME
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout
-from autoshard.program import Facts, Program, facts, is_of_runtime
+from autoshard.program import Facts, Program, facts, is_of_runtime, op_of
+from autoshard.regions import results
 from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
+_STATISTICS = ("running_mean", "running_var")  # arguments that ops write
 _COMMENT_COLUMN = 104
 _CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
@@ -88,7 +92,10 @@ def _constants(program: Program) -> list[str]:
     needed = [node for node in program.nodes() if facts(node).is_constant]
     if any(facts(node).role == "conversion" or facts(node).op is not None for node in needed):
         lines.append(f"        {axes}{',' if program.mesh.ndim == 1 else ''} = self.axes")
-    lines += [line for node in needed for line in _statement(program, node)]
+    text = _Text(program, lines)
+    for node in needed:
+        text.compute(node)
+    text.enter(())
     names = ", ".join(f'"{node.name}": {node.name}' for node in frontier)
     return [*lines, f"        return {{{names}}}", ""]
 
@@ -102,30 +109,103 @@ def _forward(program: Program) -> list[str]:
     axes = ", ".join(program.mesh.axes) + ("," if program.mesh.ndim == 1 else "")
     lines = [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
     lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_frontier(node)]
-    last_use = _last_uses(program)
-    module, place = None, None
-    dying: list[str] = []
-    for node in program.nodes():
+    text = _Text(program, lines)
+    for number, run in itertools.groupby(program.nodes(), lambda node: facts(node).recompute):
+        nodes = list(run)
+        if number is None or not results(nodes):
+            for node in nodes:
+                text.add(node)
+        else:
+            text.add_region(number, nodes)
+    text.enter(())
+    return [*lines, f"        return {_value(program.output.args[0])}"]
+
+
+class _Text:
+    """Lines of a method body, and what they depend on: where the source comments are, which variables nobody reads any more."""
+
+    def __init__(self, program: Program, lines: list[str]) -> None:
+        self.program, self.lines = program, lines
+        self.last_use = _last_uses(program)
+        self.module: str | None = None
+        self.place: tuple[str, int] | None = None
+        self.dying: list[str] = []
+        self.state: State = ()
+        self.margin = " " * 8
+        self.region: set[fx.Node] | None = None  # the nodes of the function that is being written
+
+    def add(self, node: fx.Node) -> None:
         known = facts(node)
         if (known.is_constant and node.op != "placeholder") or known.role in ("parameter", "input", "output"):
-            continue
+            return
         if known.role == "buffer" and all(facts(user).is_constant for user in node.users):
-            continue
+            return
+        if known.role in ("op", "update"):
+            self.enter(known.autocast)
         if known.role in ("op", "conversion", "projection", "update"):
-            if known.role != "conversion" and known.source.module != module:
-                lines += [*_delete(dying), f"        # ---- {known.source.module or 'the model itself'} ({known.source.module_class})"]
-                dying, module = [], known.source.module
-            if known.role != "conversion" and (known.source.file, known.source.line) != place and known.source.text:
-                place = (known.source.file, known.source.line)
-                lines.append(f"        # {place[0].rsplit('/', 1)[-1]}:{place[1]}  {known.source.text}")
-        for operand in dict.fromkeys(node.all_input_nodes):
-            if facts(operand).role == "parameter" and next(iter(_readers(operand))) is node:
-                lines += _statement(program, operand)
-        lines += _statement(program, node)
-        dying += [
-            operand.name for operand in dict.fromkeys(node.all_input_nodes) if last_use.get(operand) is node and operand.op != "placeholder"
-        ]
-    return [*lines, f"        return {_value(program.output.args[0])}"]
+            self._say_where(known)
+        operands = list(dict.fromkeys(node.all_input_nodes))
+        for operand in operands:
+            is_own = self.region is None or self.region.issuperset(_readers(operand))
+            if facts(operand).role == "parameter" and is_own and _readers(operand)[0] is node:
+                self._write(_statement(self.program, operand))
+        self._write(_statement(self.program, node))
+        own = (operand for operand in operands if self.region is None or operand in self.region)
+        self.dying += [operand.name for operand in own if self.last_use.get(operand) is node and operand.op != "placeholder"]
+
+    def compute(self, node: fx.Node) -> None:
+        """A constant: no comments, and nothing is deleted."""
+        self.enter(facts(node).autocast)
+        self._write(_statement(self.program, node))
+
+    def add_region(self, number: int, nodes: list[fx.Node]) -> None:
+        """A function of its own, and its call: what it reads are its arguments, but parameters that it alone reads."""
+        self.enter(())
+        own, made = set(nodes), results(nodes)
+        read = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in own)
+        shared = [operand for operand in read if facts(operand).role != "parameter" or not own.issuperset(_readers(operand))]
+        for operand in shared:
+            if facts(operand).role == "parameter" and _readers(operand)[0] in own:
+                self._write(_statement(self.program, operand))
+        name, arguments = f"region_{number}", ", ".join(operand.name for operand in shared)
+        self._write([*_delete(self.dying), f"def {name}({arguments}):  # runs again in backward"])
+        self.dying, self.module, self.place, self.region, self.margin = [], None, None, own, self.margin + "    "
+        for node in nodes:
+            self.add(node)
+        self.enter(())
+        given = ", ".join(node.name for node in made)
+        self._write([f"return {given}"])
+        self.dying, self.module, self.place, self.region, self.margin = [], None, None, None, self.margin[4:]
+        self._write([f"{given} = self.checkpoint({', '.join([name, *([arguments] if arguments else [])])})"])
+        self.dying = [o.name for o in shared if self.last_use.get(o) in own and o.op != "placeholder"]
+
+    def enter(self, state: State) -> None:
+        """Close the autocast regions that are open and open those of `state`."""
+        if state == self.state:
+            return
+        self._write(_delete(self.dying))
+        self.margin = self.margin[4:] if self.state else self.margin
+        self.dying, self.state = [], state
+        if state:
+            self._write([f"with {', '.join(map(_autocast, state))}:"])
+            self.margin += "    "
+
+    def _say_where(self, known: Facts) -> None:
+        if known.role == "conversion":
+            return
+        if known.source.module != self.module:
+            self._write([*_delete(self.dying), f"# ---- {known.source.module or 'the model itself'} ({known.source.module_class})"])
+            self.dying, self.module = [], known.source.module
+        if (known.source.file, known.source.line) != self.place and known.source.text:
+            self.place = (known.source.file, known.source.line)
+            self._write([f"# {self.place[0].rsplit('/', 1)[-1]}:{self.place[1]}  {known.source.text}"])
+
+    def _write(self, lines: Iterable[str]) -> None:
+        self.lines += [self.margin + line for line in lines]
+
+
+def _autocast(region: Autocast) -> str:
+    return f"torch.autocast({quoted(region.device)}, {region.dtype})"
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -142,26 +222,27 @@ def _last_uses(program: Program) -> dict[fx.Node, fx.Node]:
 
 
 def _delete(names: list[str]) -> list[str]:
-    return [f"        del {', '.join(dict.fromkeys(names))}"] if names else []
+    return [f"del {', '.join(dict.fromkeys(names))}"] if names else []
 
 
 def _statement(program: Program, node: fx.Node) -> Iterator[str]:
     known = facts(node)
-    text = f"        {node.name} = {_expression(node, known)}"
-    if known.role == "update":
-        text = f"        {_expression(node, known)}"
+    text = _expression(node, known) if known.role == "update" else f"{node.name} = {_expression(node, known)}"
     comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
     if known.role == "conversion":
         row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
         comment += f"   {both}"
-    yield f"{text.ljust(_COMMENT_COLUMN)}  # {comment}"
+    yield f"{text.ljust(_COMMENT_COLUMN - 8)}  # {comment}"
 
 
 def _expression(node: fx.Node, known: Facts) -> str:
     if node.op == "placeholder":
         return f"self.tensor({quoted(known.name)})"
     args = [_value(value) for value in node.args]
+    if known.recompute is not None and known.role == "op":
+        names = [argument.name for argument in op_of(node)._schema.arguments]
+        args = [f"self.once({arg})" if name in _STATISTICS and arg != "None" else arg for name, arg in zip(names, args, strict=False)]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
     if known.role == "conversion":

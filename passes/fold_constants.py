@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard import autocast
 from autoshard.program import Program, arguments, facts, op_name, set_argument, tensor_operands, writes_statistics
 
 _LARGEST_MASK = 2**28
@@ -76,7 +77,8 @@ def evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         args = fx.map_arg((current.args, current.kwargs), lambda operand: known[operand])
         missing = current.op == "placeholder" or any(known[operand] is None for operand in current.all_input_nodes)
         on_cpu = {k: torch.device("cpu") if k == "device" else v for k, v in args[1].items()}
-        known[current] = None if missing else current.target(*args[0], **on_cpu)  # type: ignore[operator]
+        with autocast.entered(facts(current).autocast):
+            known[current] = None if missing else current.target(*args[0], **on_cpu)  # type: ignore[operator]
     return known[node]
 
 

@@ -17,6 +17,7 @@ from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
 from autoshard.placements import Layout, format_layout
+from autoshard.regions import settle_regions
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
 
 
@@ -40,6 +41,7 @@ class InsertCollectives:
             replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
         for node in program.nodes("update"):
             facts(node).layouts = (native_layout(program.mesh.ndim, False),)
+        settle_regions(program)
         program.is_typed, program.leaves_whole = True, self.wants_whole_outputs
         return program
 

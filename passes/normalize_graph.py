@@ -1,6 +1,7 @@
 """normalize_graph: one flat graph of functional ops, without asserts and dead nodes, with stable names and gradient flow.
 
-No-grad regions are inlined and their results detached. In-place ops become functional ones where no other view of the
+No-grad regions are inlined and their results detached; autocast regions are inlined, and each op remembers in which it runs.
+A weight that such an op casts is cast by a node of its own, so that it can be gathered after the cast. In-place ops become functional ones where no other view of the
 tensor is read afterwards, else the model is refused. What a model writes into its buffers becomes an update at the end.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard.autocast import inside
 from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
 from autoshard.ops import lowerings
@@ -23,6 +25,12 @@ from autoshard.program import Facts, Program, carries_gradient, facts, producer,
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
+# Higher-order ops whose body is inlined -> where the body stands among their arguments; the operands follow it.
+_REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+# Ops that autocast runs in its dtype on every device, weights cast like activations.
+_CAST_INSIDE = {
+    f"aten.{name}" for name in "linear.default matmul.default mm.default bmm.default addmm.default baddbmm.default".split()
+} | {f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")}
 _CASTS = {
     "aten.to.dtype",
     "aten.to.dtype_layout",
@@ -70,8 +78,8 @@ class _Memory:
             for operand in node.all_input_nodes:
                 for read in (operand, self.identity(operand)):
                     self.last_read[read] = self.position[node]
-            if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) == "wrap_with_set_grad_enabled":
-                self._read_region(node, owner)
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and str(node.target) in _REGIONS:
+                self._read_region(node, owner, node if str(node.target) == "wrap_with_set_grad_enabled" else body)
             elif isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes:
                 first = node.all_input_nodes[0]
                 if _writes(node):
@@ -86,12 +94,14 @@ class _Memory:
                 elif source in self.root:
                     self.root[node] = self.root[source]
 
-    def _read_region(self, node: fx.Node, owner: Any) -> None:
-        sub = getattr(owner, str(node.args[1].target)).graph  # type: ignore[union-attr]
+    def _read_region(self, node: fx.Node, owner: Any, body: fx.Node | None) -> None:
+        place = _REGIONS[str(node.target)]
+        module = getattr(owner, str(node.args[place].target))  # type: ignore[union-attr]
+        sub = module.graph
         placeholders = [inner for inner in sub.nodes if inner.op == "placeholder"]
-        for inner, operand in zip(placeholders, node.args[2:], strict=True):
+        for inner, operand in zip(placeholders, node.args[place + 1 :], strict=True):
             self.same[inner], self.root[inner] = self.identity(operand), self.memory_of(operand)  # type: ignore[arg-type]
-        self.read(sub, getattr(owner, str(node.args[1].target)), node)  # type: ignore[union-attr]
+        self.read(sub, module, body)
         self.results[node] = list(next(iter(reversed(sub.nodes))).args[0])
 
     def identity(self, node: fx.Node) -> fx.Node:
@@ -127,6 +137,8 @@ class _Writer:
         self.program, self.owner, self.graph = program, owner, fx.Graph()
         self.env: dict[fx.Node, Any] = {}  # traced tensor, by its identity -> its value now
         self.detached: dict[fx.Node, fx.Node] = {}  # what enters a no-grad region with a gradient -> the same without
+        self.weights: dict[tuple, fx.Node] = {}  # parameter, dtype, outermost autocast region -> the parameter in that dtype
+        self.region: fx.Node | None = None  # outermost region that is being inlined
         self.memory = _Memory()
         self.placeholders: dict[fx.Node, fx.Node] = {}  # traced -> new
         self.updates: dict[fx.Node, fx.Node] = {}  # traced buffer -> its new value
@@ -166,8 +178,23 @@ class _Writer:
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
             self.env[node] = source
             return
+        args = tuple(self._cast(node, operand) for operand in args) if str(target) in _CAST_INSIDE else args
         reshapes = target is aten.view.default  # a view's strides are those of the traced device and mode
         self.env[node] = self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node))
+
+    def _cast(self, node: fx.Node, operand: Any) -> Any:
+        """A float32 parameter in the dtype that autocast computes in; once per region, as its cache does."""
+        known, device = facts(node), node.meta["val"].device.type
+        region = next((region for region in known.autocast if region.device == device), None)
+        is_weight = isinstance(operand, fx.Node) and facts(operand).role == "parameter"
+        if region is None or not is_weight or facts(operand).value.dtype != torch.float32 or known.value.dtype != region.dtype:
+            return operand
+        key = (operand, region.dtype, self.region)
+        if key not in self.weights:
+            values = (TensorInfo(facts(operand).value.shape, region.dtype),)
+            cast = Facts("op", values, source=known.source, autocast=known.autocast)
+            self.weights[key] = self._call(aten.to.dtype, (operand, region.dtype), {}, cast)
+        return self.weights[key]
 
     def _make_functional(self, node: fx.Node, args: tuple, kwargs: dict) -> None:
         """Give the tensor that an in-place op writes its new value; refuse where some view would have to change with it."""
@@ -202,22 +229,37 @@ class _Writer:
             self.updates[root] = self.env[written]
 
     def _inline(self, node: fx.Node) -> None:
-        if str(node.target) != "wrap_with_set_grad_enabled":
-            inside = (
+        if str(node.target) not in _REGIONS:
+            sources = (
                 facts(sub).source for graph in map(self._map, node.args) if isinstance(graph, fx.GraphModule) for sub in graph.graph.nodes
             )
-            place = next((source for source in (facts(node).source, *inside) if source.file), facts(node).source)
-            raise TraceError(f"{node.target} at {place} is not supported: autocast regions and control flow cannot be partitioned yet")
-        enabled, body, *operands = self._map(node.args)
+            place = next((source for source in (facts(node).source, *sources) if source.file), facts(node).source)
+            raise TraceError(f"{node.target} at {place} is not supported: control flow cannot be partitioned yet")
+        place, state = _REGIONS[str(node.target)], facts(node).autocast
+        settings, body = node.args[:place], self._map(node.args[place])
+        loses_gradient = settings == (False,)
+        if len(settings) == 4:
+            state = inside(state, *settings[:3])  # type: ignore[arg-type]
+        outer, is_outermost, operands = self.owner, self.region is None, iter(node.args[place + 1 :])
+        self.owner, self.region = body, node if is_outermost else self.region
         for sub in body.graph.nodes:
+            facts(sub).autocast = state
             if sub.op == "placeholder":
-                operand = operands.pop(0)
-                if not enabled and facts(producer(operand)[0]).needs_grad:
-                    self.detached[sub] = self._call(aten.detach.default, (operand,), {}, facts(operand))
+                self._enter(sub, next(operands), loses_gradient)  # type: ignore[arg-type]
             elif sub.op == "output":
                 self.env[node] = list(sub.args[0])
             else:
                 self.copy(sub)
+        self.owner, self.region = outer, None if is_outermost else self.region
+
+    def _enter(self, inner: fx.Node, operand: fx.Node, loses_gradient: bool) -> None:
+        """A value enters a region; into a no-grad one it goes without its gradient."""
+        if operand in self.detached:
+            self.detached[inner] = self.detached[operand]
+        elif loses_gradient and facts(producer(self._now(operand))[0]).needs_grad:
+            value = self._now(operand)
+            known = Facts("op", facts(value).values, source=facts(value).source, autocast=facts(inner).autocast)
+            self.detached[inner] = self._call(aten.detach.default, (value,), {}, known)
 
     def _project(self, node: fx.Node) -> None:
         source, index = self._now(node.args[0]), node.args[1]  # type: ignore[arg-type]
@@ -226,11 +268,12 @@ class _Writer:
                 self.detached[node] = self.detached[source[index]]  # type: ignore[index]
             return
         value = facts(source).values[index]  # type: ignore[index]
-        known = Facts("projection", (value,), source=facts(source).source)
+        known = Facts("projection", (value,), source=facts(source).source, recompute=facts(source).recompute)
         self.env[node] = self._create("call_function", operator.getitem, (source, index), {}, known)
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
-        node = self._create("call_function", target, args, kwargs, Facts("op", old.values, source=old.source))
+        known = Facts("op", old.values, source=old.source, autocast=old.autocast, recompute=old.recompute)
+        node = self._create("call_function", target, args, kwargs, known)
         flows = carries_gradient(node)
         facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and is_differentiable(v.dtype)) for v in old.values)
         return node

@@ -1,7 +1,7 @@
 """trace_model: torch.export of the model into a graph of ATen ops, on tensors without memory.
 
 Non-strict export keeps autograd semantics of everything but custom autograd.Functions (refused, their backward would be
-lost) and activation checkpointing (reported, recomputation is lost).
+lost) and activation checkpointing, whose regions are remembered as marks on the nodes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from autoshard import autocast
 from autoshard.errors import TraceError
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout
 from autoshard.program import Facts, Program, Source, baked_values, facts, set_facts
-from autoshard.torch_internals import fake_copy, fake_like, fake_mode, pytree, record_lost_backwards
+from autoshard.torch_internals import (
+    fake_copy,
+    fake_like,
+    fake_mode,
+    keep_nested_no_grad,
+    pytree,
+    record_lost_backwards,
+    region_of,
+    tag_checkpoints,
+)
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n\s*(?P<text>.*)')
 
@@ -59,21 +69,23 @@ class TraceModel:
 
     def _export(self, model: nn.Module, args: tuple, kwargs: dict, program: Program) -> Any:
         lost: list[tuple[str, str]] = []
+        selective: list[str] = []
         _refuse_hooks(self.model)
         try:
-            with record_lost_backwards(lambda kind, where: lost.append((kind, where))):
+            watched = record_lost_backwards(lambda kind, where: lost.append((kind, where)))
+            with torch.enable_grad(), watched, tag_checkpoints(selective.append), keep_nested_no_grad():
                 exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
             raise TraceError(_explain(error, self.model)) from error
         for kind, where in dict.fromkeys(lost):
             if kind in ("Tensor.register_hook", "torch.autograd.grad"):
                 raise TraceError(f"{kind} at {where}: tracing would lose it, and gradients would be wrong; change the model there")
-            if kind != "checkpoint":
-                raise TraceError(
-                    f"custom autograd.Function {kind} at {where}: tracing keeps its forward and would lose its backward. "
-                    "Write it as a torch.library.custom_op with register_autograd, or in plain torch ops."
-                )
-            program.note(f"activation checkpointing at {where} is not kept: its activations stay in memory until backward")
+            raise TraceError(
+                f"custom autograd.Function {kind} at {where}: tracing keeps its forward and would lose its backward. "
+                "Write it as a torch.library.custom_op with register_autograd, or in plain torch ops."
+            )
+        for where in dict.fromkeys(selective):
+            program.note(f"checkpoint at {where} has its own context_fn, which is not looked at: the whole region is recomputed")
         return exported
 
 
@@ -138,7 +150,9 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
             set_facts(node, _placeholder_facts(node, specs[node.name], originals, grads))
         elif node.op in ("call_function", "get_attr"):
             _require_static(node)
-            set_facts(node, Facts("op", _infos(node.meta.get("val")), source=_source(node)))
+            known = Facts("op", _infos(node.meta.get("val")), source=_source(node), recompute=region_of(node))
+            known.autocast = autocast.ambient() if node.graph is exported.graph else ()
+            set_facts(node, known)
         else:
             set_facts(node, Facts("output"))
     _keep_constants(program, exported, model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint as checkpoint_module
 
 from .axes import Axis
 
@@ -46,6 +47,7 @@ class Program:
         self.device = device
         self.seed = seed
         self._constants: dict[str, Tensor] | None = None
+        self._is_again = False  # whether a checkpointed region runs for the second time
 
     def constants(self) -> dict[str, Tensor]:
         """What depends on no input and no parameter; overridden by programs that have any."""
@@ -60,6 +62,26 @@ class Program:
     def forget_constants(self) -> None:
         """Compute constants anew at the next step, after buffers or the device changed."""
         self._constants = None
+
+    @torch.compiler.disable  # the second run must draw with the step's seed, which a graph would bake in
+    def checkpoint(self, region: Callable[..., Any], *args: Any) -> Any:
+        """Run `region` and keep its arguments alone: backward runs it again, collectives too, and draws the same numbers."""
+        seed, runs = self.seed(), 0
+
+        def run(*args: Any) -> Any:
+            nonlocal runs
+            outer, runs = (self.seed, self._is_again), runs + 1
+            self.seed, self._is_again = (lambda: seed), runs > 1
+            try:
+                return region(*args)
+            finally:
+                self.seed, self._is_again = outer
+
+        return checkpoint_module.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def once(self, buffer: Tensor) -> Tensor:
+        """A buffer that an op of a checkpointed region writes: a copy of it when the region runs again."""
+        return buffer.clone() if self._is_again else buffer
 
     @torch.compiler.disable  # seeds differ at every step: compiled in, each would be a new graph
     def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,91 @@
+"""Checkpointed regions: each is one unbroken run of nodes, which the program prints as a function of its own.
+
+What the passes insert is not traced, so nothing says to which region it belongs. A conversion belongs to the region of its
+users when all of them lie in one and it is cheaper to run it twice than to keep what it makes: what comes from parameters
+(backward gathers weights again), from within the region, or grows. Everything else moves out of the way.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from autoshard.placements import local_shape
+from autoshard.program import Program, facts, op_name
+
+
+def settle_regions(program: Program) -> None:
+    """Give inserted nodes their region, and reorder the graph so that every region is unbroken."""
+    numbers = list(dict.fromkeys(facts(node).recompute for node in program.graph.nodes if facts(node).recompute is not None))
+    if not numbers:
+        return
+    for node in reversed(list(program.graph.nodes)):
+        if facts(node).is_constant:  # computed once, outside
+            facts(node).recompute = None
+            continue
+        users = {facts(user).recompute for user in node.users}
+        if _is_inserted(node) and len(users) == 1 and None not in users:
+            number = users.pop()
+            if _is_worth_repeating(program, node, number):
+                facts(node).recompute = number
+    for number in numbers:
+        _gather(program, number)
+
+
+def members(program: Program, number: int | None) -> list[fx.Node]:
+    """The nodes of a region, in order."""
+    return [node for node in program.graph.nodes if facts(node).recompute == number]
+
+
+def results(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What a region makes that others read."""
+    own = set(nodes)
+    return [node for node in nodes if any(user not in own for user in node.users)]
+
+
+def _is_inserted(node: fx.Node) -> bool:
+    known = facts(node)
+    if known.recompute is not None:
+        return False
+    is_cast = op_name(node) == "aten.to.dtype" and _of_parameter(node)
+    return known.role == "conversion" or op_name(node) == "aten.detach.default" or is_cast
+
+
+def _of_parameter(node: fx.Node) -> bool:
+    while facts(node).role == "conversion" or op_name(node) in ("aten.to.dtype", "aten.detach.default"):
+        node = node.all_input_nodes[0]
+    return facts(node).role == "parameter"
+
+
+def _is_worth_repeating(program: Program, node: fx.Node, number: int | None) -> bool:
+    source = node.all_input_nodes[0]
+    if facts(node).role != "conversion" or facts(source).recompute == number or _of_parameter(node):
+        return True
+    sizes = program.mesh.shape
+    before, after = (local_shape(facts(n).value.shape, facts(n).layout, sizes) or () for n in (source, node))
+    return math.prod(after) > math.prod(before)
+
+
+def _gather(program: Program, number: int | None) -> None:
+    """Move what stands between a region's nodes before it, or behind it when it depends on the region."""
+    order, own = list(program.graph.nodes), set(members(program, number))
+    if not own:
+        return
+    places = [k for k, node in enumerate(order) if node in own]
+    span = order[places[0] : places[-1] + 1]
+    behind: set[fx.Node] = set()
+    for node in span:
+        if node not in own and any(operand in own or operand in behind for operand in node.all_input_nodes):
+            behind.add(node)
+    for node in reversed(span):
+        if node in behind and any(user in own for user in node.users):  # it leads from the region back into it
+            behind.discard(node)
+            own.add(node)
+            facts(node).recompute = number
+    first, last = span[0], span[-1]
+    for node in span:
+        if node not in own and node not in behind:
+            first.prepend(node)
+    for node in reversed([node for node in span if node in behind]):
+        last.append(node)
