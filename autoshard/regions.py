@@ -11,8 +11,9 @@ import math
 
 from torch import fx
 
+from autoshard.errors import TraceError
 from autoshard.placements import local_shape
-from autoshard.program import Program, facts, op_name
+from autoshard.program import Program, facts, op_name, op_of
 
 
 def settle_regions(program: Program) -> None:
@@ -24,6 +25,8 @@ def settle_regions(program: Program) -> None:
         if facts(node).is_constant:  # computed once, outside
             facts(node).recompute = None
             continue
+        if node.users and not facts(node).needs_grad and all(_only_updates(user) for user in node.users):
+            facts(node).recompute = None  # it serves a buffer's new value, which backward does not ask for
         users = {facts(user).recompute for user in node.users}
         if _is_inserted(node) and len(users) == 1 and None not in users:
             number = users.pop()
@@ -31,6 +34,7 @@ def settle_regions(program: Program) -> None:
                 facts(node).recompute = number
     for number in numbers:
         _gather(program, number)
+    _refuse_written_buffers(program)
 
 
 def members(program: Program, number: int | None) -> list[fx.Node]:
@@ -42,6 +46,34 @@ def results(nodes: list[fx.Node]) -> list[fx.Node]:
     """What a region makes that others read."""
     own = set(nodes)
     return [node for node in nodes if any(user not in own for user in node.users)]
+
+
+def statistics(node: fx.Node) -> list[fx.Node]:
+    """Buffers that an op writes while it runs: running mean and variance."""
+    schema = getattr(op_of(node), "_schema", None) if facts(node).role == "op" else None
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    found = [value for name, value in zip(names, node.args, strict=False) if name in ("running_mean", "running_var")]
+    return [value for value in found if isinstance(value, fx.Node)]
+
+
+def _only_updates(node: fx.Node) -> bool:
+    if facts(node).role == "update":
+        return True
+    is_outside = facts(node).role in ("op", "conversion") and facts(node).recompute is None
+    return is_outside and bool(node.users) and not facts(node).needs_grad and all(map(_only_updates, node.users))
+
+
+def _refuse_written_buffers(program: Program) -> None:
+    """A region that runs again must not see what the first run wrote."""
+    for buffer in program.nodes("buffer"):
+        is_written = any(facts(user).role == "update" and user.args[0] is buffer for user in buffer.users)
+        is_written = is_written or any(buffer in statistics(user) for user in buffer.users)
+        reader = next((u for u in buffer.users if facts(u).recompute is not None and buffer not in statistics(u)), None)
+        if is_written and reader is not None:
+            raise TraceError(
+                f"the buffer {facts(buffer).name} is written, and read in a checkpointed region at {facts(reader).source}: running the "
+                "region again would read the new value; hand the region a clone of the buffer as an argument"
+            )
 
 
 def _is_inserted(node: fx.Node) -> bool:

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
-from torch.fx import traceback as fx_traceback
-
 # The pass of torch.export that makes regions of no_grad blocks: see keep_nested_no_grad.
 from torch._export.passes import replace_set_grad_with_hop_pass as set_grad_pass
 
@@ -25,6 +22,9 @@ from torch.distributed.tensor import DTensor
 # _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
 # cannot be stored; pin them to a plain split.
 from torch.distributed.tensor.placement_types import _StridedShard
+
+# annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
+from torch.fx import traceback as fx_traceback
 
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
@@ -141,7 +141,7 @@ def tag_checkpoints(selective: Callable[[str], Any] = lambda where: None) -> Ite
 
     for name in generators:
         setattr(module, name, generator)
-    module.CheckpointFunction.apply = staticmethod(reentrant)  # type: ignore[method-assign,assignment]
+    module.CheckpointFunction.apply = staticmethod(reentrant)  # type: ignore[method-assign]
     try:
         with fx_traceback.preserve_node_meta():
             yield

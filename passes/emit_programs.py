@@ -22,12 +22,11 @@ from autoshard.autocast import Autocast, State
 from autoshard.conversions import BY_NAME
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout
-from autoshard.program import Facts, Program, facts, is_of_runtime, op_of
-from autoshard.regions import results
+from autoshard.program import Facts, Program, facts, is_of_runtime
+from autoshard.regions import results, statistics
 from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
-_STATISTICS = ("running_mean", "running_var")  # arguments that ops write
 _COMMENT_COLUMN = 104
 _CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
@@ -138,7 +137,7 @@ class _Text:
         known = facts(node)
         if (known.is_constant and node.op != "placeholder") or known.role in ("parameter", "input", "output"):
             return
-        if known.role == "buffer" and all(facts(user).is_constant for user in node.users):
+        if known.role == "buffer" and all(facts(user).is_constant or _reads_by_name(user, node) for user in node.users):
             return
         if known.role in ("op", "update"):
             self.enter(known.autocast)
@@ -163,6 +162,7 @@ class _Text:
         self.enter(())
         own, made = set(nodes), results(nodes)
         read = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in own)
+        read = {operand: None for operand in read if not all(_reads_by_name(user, operand) for user in operand.users if user in own)}
         shared = [operand for operand in read if facts(operand).role != "parameter" or not own.issuperset(_readers(operand))]
         for operand in shared:
             if facts(operand).role == "parameter" and _readers(operand)[0] in own:
@@ -204,6 +204,10 @@ class _Text:
         self.lines += [self.margin + line for line in lines]
 
 
+def _reads_by_name(node: fx.Node, buffer: fx.Node) -> bool:
+    return facts(node).recompute is not None and buffer in statistics(node)
+
+
 def _autocast(region: Autocast) -> str:
     return f"torch.autocast({quoted(region.device)}, {region.dtype})"
 
@@ -241,8 +245,8 @@ def _expression(node: fx.Node, known: Facts) -> str:
         return f"self.tensor({quoted(known.name)})"
     args = [_value(value) for value in node.args]
     if known.recompute is not None and known.role == "op":
-        names = [argument.name for argument in op_of(node)._schema.arguments]
-        args = [f"self.once({arg})" if name in _STATISTICS and arg != "None" else arg for name, arg in zip(names, args, strict=False)]
+        written = {buffer.name: f"self.once({quoted(facts(buffer).name)})" for buffer in statistics(node)}
+        args = [written.get(arg, arg) for arg in args]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
     if known.role == "conversion":

@@ -17,8 +17,8 @@ from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
 from autoshard.placements import Layout, format_layout
-from autoshard.regions import settle_regions
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
+from autoshard.regions import settle_regions
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """normalize_graph: one flat graph of functional ops, without asserts and dead nodes, with stable names and gradient flow.
 
-No-grad regions are inlined and their results detached; autocast regions are inlined, and each op remembers in which it runs.
-A weight that such an op casts is cast by a node of its own, so that it can be gathered after the cast. In-place ops become functional ones where no other view of the
-tensor is read afterwards, else the model is refused. What a model writes into its buffers becomes an update at the end.
+No-grad regions are inlined and their results detached; autocast regions are inlined, and each op remembers in which it
+runs. A weight that such an op casts is cast by a node of its own, so that it can be gathered after the cast. In-place ops
+become functional ones where no other view of the tensor is read afterwards, else the model is refused. What a model writes
+into its buffers becomes an update at the end.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default
 # Higher-order ops whose body is inlined -> where the body stands among their arguments; the operands follow it.
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 # Ops that autocast runs in its dtype on every device, weights cast like activations.
-_CAST_INSIDE = {
-    f"aten.{name}" for name in "linear.default matmul.default mm.default bmm.default addmm.default baddbmm.default".split()
-} | {f"aten.conv{n}d.{overload}" for n in (1, 2, 3) for overload in ("default", "padding")}
+_CAST_INSIDE = {f"aten.{name}.default" for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d")}
+_CAST_INSIDE |= {f"aten.conv{n}d.padding" for n in (1, 2, 3)}
 _CASTS = {
     "aten.to.dtype",
     "aten.to.dtype_layout",
@@ -137,8 +137,8 @@ class _Writer:
         self.program, self.owner, self.graph = program, owner, fx.Graph()
         self.env: dict[fx.Node, Any] = {}  # traced tensor, by its identity -> its value now
         self.detached: dict[fx.Node, fx.Node] = {}  # what enters a no-grad region with a gradient -> the same without
-        self.weights: dict[tuple, fx.Node] = {}  # parameter, dtype, outermost autocast region -> the parameter in that dtype
-        self.region: fx.Node | None = None  # outermost region that is being inlined
+        self.weights: dict[tuple, fx.Node] = {}  # parameter, dtype, stretch -> the parameter in that dtype
+        self.stretch = 0  # number of autocast regions entered so far; export cuts one where no_grad begins and ends inside it
         self.memory = _Memory()
         self.placeholders: dict[fx.Node, fx.Node] = {}  # traced -> new
         self.updates: dict[fx.Node, fx.Node] = {}  # traced buffer -> its new value
@@ -171,6 +171,8 @@ class _Writer:
     def _copy_op(self, node: fx.Node) -> None:
         target = node.target
         args, kwargs = self._map(node.args), self._map(node.kwargs)
+        if node.graph is self.program.graph and not facts(node).autocast:
+            self.stretch += 1
         if _writes(node):
             self._make_functional(node, args, kwargs)
             return
@@ -183,18 +185,19 @@ class _Writer:
         self.env[node] = self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node))
 
     def _cast(self, node: fx.Node, operand: Any) -> Any:
-        """A float32 parameter in the dtype that autocast computes in; once per region, as its cache does."""
+        """A float32 parameter in the dtype that autocast computes in; once per region, as torch's cache does."""
         known, device = facts(node), node.meta["val"].device.type
         region = next((region for region in known.autocast if region.device == device), None)
-        is_weight = isinstance(operand, fx.Node) and facts(operand).role == "parameter"
-        if region is None or not is_weight or facts(operand).value.dtype != torch.float32 or known.value.dtype != region.dtype:
+        is_detached = isinstance(operand, fx.Node) and operand.target is aten.detach.default
+        weight = operand.args[0] if is_detached else operand
+        is_weight = isinstance(weight, fx.Node) and facts(weight).role == "parameter" and facts(weight).value.dtype == torch.float32
+        if region is None or not is_weight or known.value.dtype != region.dtype:
             return operand
-        key = (operand, region.dtype, self.region)
+        key = (weight, region.dtype, self.stretch)
+        cast = Facts("op", (TensorInfo(facts(weight).value.shape, region.dtype),), source=known.source, autocast=known.autocast)
         if key not in self.weights:
-            values = (TensorInfo(facts(operand).value.shape, region.dtype),)
-            cast = Facts("op", values, source=known.source, autocast=known.autocast)
-            self.weights[key] = self._call(aten.to.dtype, (operand, region.dtype), {}, cast)
-        return self.weights[key]
+            self.weights[key] = self._call(aten.to.dtype, (weight, region.dtype), {}, cast)
+        return self._call(aten.detach.default, (self.weights[key],), {}, cast) if is_detached else self.weights[key]
 
     def _make_functional(self, node: fx.Node, args: tuple, kwargs: dict) -> None:
         """Give the tensor that an in-place op writes its new value; refuse where some view would have to change with it."""
@@ -233,15 +236,15 @@ class _Writer:
             sources = (
                 facts(sub).source for graph in map(self._map, node.args) if isinstance(graph, fx.GraphModule) for sub in graph.graph.nodes
             )
-            place = next((source for source in (facts(node).source, *sources) if source.file), facts(node).source)
-            raise TraceError(f"{node.target} at {place} is not supported: control flow cannot be partitioned yet")
+            where = next((source for source in (facts(node).source, *sources) if source.file), facts(node).source)
+            raise TraceError(f"{node.target} at {where} is not supported: control flow cannot be partitioned yet")
         place, state = _REGIONS[str(node.target)], facts(node).autocast
         settings, body = node.args[:place], self._map(node.args[place])
         loses_gradient = settings == (False,)
         if len(settings) == 4:
             state = inside(state, *settings[:3])  # type: ignore[arg-type]
-        outer, is_outermost, operands = self.owner, self.region is None, iter(node.args[place + 1 :])
-        self.owner, self.region = body, node if is_outermost else self.region
+        outer, operands = self.owner, iter(node.args[place + 1 :])
+        self.owner = body
         for sub in body.graph.nodes:
             facts(sub).autocast = state
             if sub.op == "placeholder":
@@ -250,7 +253,7 @@ class _Writer:
                 self.env[node] = list(sub.args[0])
             else:
                 self.copy(sub)
-        self.owner, self.region = outer, None if is_outermost else self.region
+        self.owner = outer
 
     def _enter(self, inner: fx.Node, operand: fx.Node, loses_gradient: bool) -> None:
         """A value enters a region; into a no-grad one it goes without its gradient."""

@@ -143,9 +143,7 @@ class Checkpointed(nn.Module):
         self.inner = MLP()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        context_fn = functools.partial(
-            torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default]
-        )
+        context_fn = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
         return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False, context_fn=context_fn)
 
 

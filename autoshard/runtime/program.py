@@ -79,9 +79,9 @@ class Program:
 
         return checkpoint_module.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def once(self, buffer: Tensor) -> Tensor:
+    def once(self, name: str) -> Tensor:
         """A buffer that an op of a checkpointed region writes: a copy of it when the region runs again."""
-        return buffer.clone() if self._is_again else buffer
+        return self.tensor(name).clone() if self._is_again else self.tensor(name)
 
     @torch.compiler.disable  # seeds differ at every step: compiled in, each would be a new graph
     def random(self, site: int, axes: Sequence[Axis], op: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
