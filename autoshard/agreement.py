@@ -21,20 +21,22 @@ _ADVICE = {
     "or pass inputs='local' when each rank loads its own part of the batch.",
     "shapes of arguments": "Plain tensors are the global batch, the same on every rank.",
     "values of parameters": "Build the model with the same seed, or load the same weights, on every rank before autoshard.compile.",
+    "state of the random generator": "With randomness='single_device' all ranks draw alike: call torch.manual_seed with the same number "
+    "on every rank before the first step, and draw nothing on some ranks only.",
     "mode": "Call train() or eval() on every rank.",
     "versions": "Install one version everywhere.",
     "program": "Build the model, its configuration and the arguments of autoshard.compile alike on every rank.",
 }
 
 
-def agree(exchange: Exchange, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> list[dict[str, Any]]:
-    """Compare `mine` across ranks. Returns what all ranks sent, with the `seed` of their generators.
+def agree(exchange: Exchange, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> None:
+    """Compare `mine` across ranks.
 
     failure: what stopped this rank; raised here, and told to the others. text: what the program is a digest of, to show
     its first line that differs. Raises PlanError where another rank failed, InputError where ranks differ: on every rank.
     """
     problem = "" if failure is None else str(failure) if isinstance(failure, AutoshardError) else f"{type(failure).__name__}: {failure}"
-    everyone = exchange({**mine, "error": problem, "seed": torch.initial_seed()})
+    everyone = exchange({**mine, "error": problem})
     if failure is not None:
         raise failure
     failed = [f"rank {rank}: {other['error']}" for rank, other in enumerate(everyone) if other["error"]]
@@ -49,7 +51,6 @@ def agree(exchange: Exchange, mine: Mapping[str, str], failure: Exception | None
         if len(groups) > 1:
             texts = [other["text"] for other in exchange({"text": text})] if what == "program" else []
             raise InputError(_disagreement(what, groups, texts))
-    return everyone
 
 
 def _disagreement(what: str, groups: Mapping[str, list[int]], texts: Sequence[str]) -> str:
@@ -67,6 +68,14 @@ def content(tensor: torch.Tensor) -> str:
     """Digest of a tensor's values."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def generators(device: torch.device) -> str:
+    """Digest of the state of torch's default generators, of the CPU and of `device`."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return content(torch.cat(states))
 
 
 def sample(tensor: torch.Tensor, count: int = 4096) -> str:

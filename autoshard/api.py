@@ -16,7 +16,7 @@ from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.module import ShardedModule
 from autoshard.plan import Plan
-from autoshard.planner import Inputs, Outputs, Request, Settings, entry_layout, make_plan
+from autoshard.planner import Inputs, Outputs, Randomness, Request, Settings, entry_layout, make_plan
 from autoshard.simulator import Simulation
 from autoshard.torch_internals import pytree
 from autoshard.verification import Verification, compare, simulate_plan
@@ -24,10 +24,16 @@ from autoshard.verification import Verification, compare, simulate_plan
 
 @dataclass(frozen=True)
 class Options:
-    """Rarely needed. seed: draw a random sound plan instead of the best. dump_dir: folder for the graph after every pass."""
+    """Rarely needed. seed: draw a random sound plan instead of the best. dump_dir: folder for the graph after every pass.
+
+    randomness: "per_rank": random ops draw by a seed of their own, different numbers for different pieces of a value;
+    "single_device": they draw what the model on one process draws from torch's default generator, whole on every rank,
+    so that losses can be compared number by number. That is slow and takes memory: for debugging.
+    """
 
     seed: int | None = None
     dump_dir: str | None = None
+    randomness: Randomness = "per_rank"
 
 
 def _check_call(model: Any, args: Any) -> None:
@@ -52,6 +58,8 @@ def _settings(
         if given not in known:
             raise InputError(f"{name}={given!r} is not known; there are {', '.join(map(repr, known))}")
     extra = options or Options()
+    if extra.randomness not in get_args(Randomness):
+        raise InputError(f"randomness={extra.randomness!r} is not known; there are {', '.join(map(repr, get_args(Randomness)))}")
     return Settings(
         hardware_of(hardware, device_type),
         template,
@@ -61,6 +69,7 @@ def _settings(
         outputs,
         extra.seed,
         extra.dump_dir,
+        extra.randomness,
     )
 
 

@@ -118,7 +118,7 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
 def bound_rule(node: fx.Node) -> tuple[Rule | None, Equation | None]:
     """The row of an op and its equation; (None, None) without a row, or where the row does not fit the call."""
     rule = rule_of(op_name(node))
-    if rule is None:
+    if rule is None or facts(node).is_drawn_whole:
         return None, None
     try:
         return rule, rule.bind(call_of(node))

@@ -173,7 +173,7 @@ def _mismatch(program: Program, node: fx.Node, axis: int, actual: tuple[Placemen
 def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | None, factors: tuple[str, ...]) -> Iterator[str]:
     """Whether the node is rewritten for local tensors as its strategies ask."""
     if rule is None:
-        if known.random_axes != (() if draws_random(node) else None):
+        if known.random_axes != (() if draws_random(node) and not known.is_drawn_whole else None):
             yield f"draws random numbers on axes {known.random_axes}, but is computed whole"
         return
     axes = lowered_axes(rule, factors, program.mesh.axes)

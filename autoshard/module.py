@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from autoshard import runtime
-from autoshard.agreement import agree, content, sample
+from autoshard.agreement import agree, content, generators, sample
 from autoshard.autocast import ambient
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
@@ -343,12 +343,13 @@ class ShardedModule(nn.Module):
         is_local = self._state.settings.inputs == "local"
         parts = [self._state.coordinate[self._state.spec.index(axis)] for axis in batch_axes(self._state.spec)] if is_local else []
         values = str([content(leaf) for leaf in plain]) if failure is None else ""
-        self._agree({f"values of arguments{' of part ' + str(parts) if parts else ''}": values}, failure)
+        compared = {f"values of arguments{' of part ' + str(parts) if parts else ''}": values}
+        if self._state.settings.randomness == "single_device":
+            compared["state of the random generator"] = generators(self._state.device)
+        self._agree(compared, failure)
 
     def _agree(self, mine: Mapping[str, str], failure: Exception | None, text: str = "") -> None:
-        everyone = agree(self._state.exchange, mine, failure, text)
-        if self._state.base_seed is None:
-            self._state.base_seed = everyone[0]["seed"]
+        agree(self._state.exchange, mine, failure, text)
 
     def _axes(self) -> tuple[runtime.Axis, ...]:
         state = self._state
@@ -393,12 +394,18 @@ class _State:
 
     @torch.compiler.disable
     def advance(self) -> None:
-        """Random ops draw anew at the next step; out of torch.compile's sight, which would compile every step anew."""
+        """Random ops draw anew at the next step; out of torch.compile's sight, which would compile every step anew.
+
+        Each model draws its seed from the default generator, once, so that two models draw different numbers; the first
+        rank's serves all.
+        """
         if is_in_backward():
             raise AutoshardError(
                 "a compiled model with dropout cannot be recomputed by torch.utils.checkpoint from outside: the masks would differ. "
                 "Checkpoint around models without random ops, or set their dropout to 0."
             )
+        if self.base_seed is None:
+            self.base_seed = self.exchange({"seed": int(torch.randint(2**62, ()))})[0]["seed"]
         self.step += 1
 
     def next_seed(self) -> int:

@@ -43,6 +43,13 @@ _FACTORIES = {
         "full.default",
         "eye.default",
         "scalar_tensor.default",
+        "empty.memory_format",
+        "rand.default",
+        "randn.default",
+        "randint.default",
+        "randint.low",
+        "randperm.default",
+        "normal.float_float",
     ]
 }
 _TORCH = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
@@ -235,7 +242,7 @@ def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
         "recompute": known.recompute,
         "source": [_one_line(part) for part in dataclasses.astuple(known.source)],
     }
-    for name in ("name", "site", "is_constant", "is_persistent", "is_pinned"):
+    for name in ("name", "site", "is_constant", "is_persistent", "is_pinned", "is_drawn_whole"):
         body[name] = getattr(known, name)
     return body
 
@@ -256,7 +263,7 @@ def _read_facts(body: dict[str, Any], mesh: MeshSpec) -> Facts:
     known.op = None if body["op"] is None else _read_op(body["op"])
     known.random_axes = None if body["random_axes"] is None else tuple(body["random_axes"])
     known.autocast = tuple(Autocast(device, _dtype(dtype)) for device, dtype in body["autocast"])
-    known.recompute = body["recompute"]
+    known.recompute, known.is_drawn_whole = body["recompute"], body["is_drawn_whole"]
     known.site, known.is_constant, known.is_persistent, known.is_pinned = (
         body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned")
     )

@@ -28,7 +28,7 @@ _KINDS = {
     "output": {"output"},
     "call_function": {"op", "conversion", "projection", "update"},
 }
-_FACTS = {"name": str, "site": int, "is_constant": bool, "is_persistent": bool, "is_pinned": bool}
+_FACTS = {"name": str, "site": int, "is_constant": bool, "is_persistent": bool, "is_pinned": bool, "is_drawn_whole": bool}
 
 
 def is_line(text: Any) -> bool:

@@ -22,6 +22,7 @@ from autoshard.torch_internals import pytree
 
 Inputs = Literal["global", "local"]
 Outputs = Literal["whole", "dtensor"]
+Randomness = Literal["per_rank", "single_device"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Settings:
     outputs: Outputs = "whole"
     seed: int | None = None
     dump_dir: str | None = None
+    randomness: Randomness = "per_rank"
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
@@ -86,6 +88,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
     """autoshard.passes.PASSES, each with its part of the request."""
     from autoshard.passes import (
         AnnotateShardings,
+        DrawWhole,
         EmitPrograms,
         FoldConstants,
         InsertCollectives,
@@ -99,6 +102,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
     return (
         TraceModel(request.model, request.args, request.kwargs, request.device, request.entry_layouts),
         NormalizeGraph(),
+        DrawWhole(asked.randomness),
         FoldConstants(),
         AnnotateShardings(
             asked.hardware, asked.template, asked.constraints, request.fixed_parameters, asked.memory_budget_bytes, is_whole, asked.seed

@@ -44,8 +44,9 @@ class Facts:
     name: of a parameter or buffer its name in the model, of an input its argument name. axes: mesh axes on which a random
     op draws different numbers (None: not random), `site` its number. is_constant: computed once, not at every step.
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
-    op: the op that a lowering stands for. autocast: the regions of torch.autocast that it runs in. recompute: number of the
-    region of torch.utils.checkpoint that it belongs to.
+    op: the op that a lowering stands for. is_drawn_whole: a random op that every rank computes whole, from torch's default
+    generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
+    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to.
     """
 
     role: Role
@@ -61,6 +62,8 @@ class Facts:
     hub: Layout | None = None
     is_pinned: bool = False
     op: torch._ops.OpOverload | None = None
+    is_drawn_whole: bool = False
+    strides: tuple[int, ...] = ()
     autocast: autocast.State = ()
     recompute: int | None = None
 

@@ -240,6 +240,8 @@ def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis]
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
         result = target(*args, **kwargs)  # type: ignore[operator]
         return Ranks(list(zip(*(part.values for part in result), strict=True))) if isinstance(result, tuple) else result
+    if known.is_drawn_whole:
+        return _run_drawn_whole(program, node, args, kwargs)
     if known.random_axes is not None and seed is None:
         args, kwargs = lookup(without_randomness(node))
         return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
@@ -256,6 +258,15 @@ def _run_random(program: Program, node: fx.Node, args: tuple, kwargs: dict, seed
         places = [(mesh.shape[k], coordinate[k]) for k in map(mesh.index, known.random_axes or ())]
         with seeded(mix(seed, known.site, *(number for place in places for number in place)), torch.device("cpu")):
             results.append(node.target(*_pick(args, rank), **_pick(kwargs, rank)))  # type: ignore[operator]
+    return Ranks(results)
+
+
+def _run_drawn_whole(program: Program, node: fx.Node, args: tuple, kwargs: dict) -> Ranks:
+    """Every rank draws the same from the default generator, which moves on once."""
+    state, results = torch.get_rng_state(), []
+    for rank in range(program.mesh.size):
+        torch.set_rng_state(state)
+        results.append(node.target(*_pick(args, rank), **_pick(kwargs, rank)))  # type: ignore[operator]
     return Ranks(results)
 
 

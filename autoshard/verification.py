@@ -75,10 +75,11 @@ def _tensors(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
 def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], tolerance: float | None = None) -> Verification:
     """See autoshard.verify."""
     is_random_off = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
-    reference = copy.deepcopy(model)
+    reference, state = copy.deepcopy(model), torch.get_rng_state()
     reference.train(plan.program.is_training)
     with tag_checkpoints():  # without recomputing: torch writes running statistics a second time there
         expected = _without_random(reference, args, kwargs) if is_random_off else _tensor_leaves(reference(*args, **kwargs))
+    torch.set_rng_state(state)  # what is drawn whole is drawn alike
     simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
     actual = [output for output in simulation.outputs if isinstance(output, Ranks)]
     nodes = [node for node in plan.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]

@@ -107,7 +107,7 @@ def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value
 def _report(program: Program, space: SearchSpace, solution: Solution) -> None:
     unknown: dict[str, list[fx.Node]] = {}
     for node in program.nodes("op"):
-        if not facts(node).is_constant and bound_rule(node)[1] is None:
+        if not (facts(node).is_constant or facts(node).is_drawn_whole) and bound_rule(node)[1] is None:
             unknown.setdefault(op_name(node), []).append(node)
     for name, nodes in unknown.items():
         cost = sum((space.chosen.get(node) or space.domains[node][0]).cost_s for node in nodes)

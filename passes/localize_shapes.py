@@ -27,6 +27,8 @@ class LocalizeShapes:
         site = 0
         for node in program.nodes("op"):
             rule, equation = bound_rule(node)
+            if facts(node).is_drawn_whole:
+                continue
             if draws_random(node) and equation is None:
                 site += 1
                 facts(node).site, facts(node).random_axes = site, ()  # computed whole: the same numbers on every rank

@@ -22,7 +22,7 @@ from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
 from autoshard.ops import lowerings
 from autoshard.ops.row import TensorInfo, is_differentiable
-from autoshard.program import Facts, Program, carries_gradient, facts, producer, set_facts, writes_statistics
+from autoshard.program import Facts, Program, carries_gradient, draws_random, facts, producer, set_facts, writes_statistics
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
@@ -31,6 +31,8 @@ _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 # Ops that autocast runs in its dtype on every device, weights cast like activations.
 _CAST_INSIDE = {f"aten.{name}.default" for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d")}
 _CAST_INSIDE |= {f"aten.conv{n}d.padding" for n in (1, 2, 3)}
+# In-place random ops whose functional form has another name.
+_FUNCTIONAL = {"aten.bernoulli_.float": aten.bernoulli.p, "aten.normal_.default": aten.normal_functional.default}
 _CASTS = {
     "aten.to.dtype",
     "aten.to.dtype_layout",
@@ -205,6 +207,9 @@ class _Writer:
         root = memory.memory_of(node)
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
         functional = getattr(getattr(aten, name.rstrip("_"), None), overload, None) if name.endswith("_") else None
+        functional = _FUNCTIONAL.get(str(node.target), functional)
+        if functional is aten.bernoulli.p and len(args) == 1:
+            args, kwargs = (*args, kwargs.get("p", 0.5)), {key: value for key, value in kwargs.items() if key != "p"}
         reader = memory.read_after(node)
         role = facts(root).role if root.op == "placeholder" else "op"
         region = memory.bodies[node]
@@ -275,7 +280,7 @@ class _Writer:
         self.env[node] = self._create("call_function", operator.getitem, (source, index), {}, known)
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
-        known = Facts("op", old.values, source=old.source, autocast=old.autocast, recompute=old.recompute)
+        known = Facts("op", old.values, source=old.source, autocast=old.autocast, recompute=old.recompute, strides=old.strides)
         node = self._create("call_function", target, args, kwargs, known)
         flows = carries_gradient(node)
         facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and is_differentiable(v.dtype)) for v in old.values)
@@ -307,5 +312,5 @@ def _drop_dead(program: Program) -> None:
     for node in reversed(list(program.graph.nodes)):
         role = facts(node).role
         is_alias = role == "parameter" and facts(node).name in program.aliases
-        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not writes_statistics(node))):
+        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not (writes_statistics(node) or draws_random(node)))):
             program.graph.erase_node(node)

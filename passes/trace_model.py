@@ -20,7 +20,7 @@ from autoshard import autocast
 from autoshard.errors import TraceError
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout
-from autoshard.program import Facts, Program, Source, baked_values, facts, set_facts
+from autoshard.program import Facts, Program, Source, baked_values, draws_random, facts, set_facts
 from autoshard.torch_internals import (
     fake_copy,
     fake_like,
@@ -151,8 +151,10 @@ def _describe_nodes(program: Program, exported: Any, model: nn.Module, leaves: l
         elif node.op in ("call_function", "get_attr"):
             _require_static(node)
             known = Facts("op", _infos(node.meta.get("val")), source=_source(node), recompute=region_of(node))
-            known.autocast = autocast.ambient() if node.graph is exported.graph else ()
             set_facts(node, known)
+            if draws_random(node) and isinstance(node.meta.get("val"), torch.Tensor):
+                known.strides = tuple(map(int, node.meta["val"].stride()))
+            known.autocast = autocast.ambient() if node.graph is exported.graph else ()
         else:
             set_facts(node, Facts("output"))
     _keep_constants(program, exported, model)

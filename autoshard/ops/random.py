@@ -1,4 +1,4 @@
-"""Random ops."""
+"""Random ops: a piece of a value that is split draws by itself, replicas draw alike. Factories have no row: they are drawn whole."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ from autoshard.ops.row import Call, Rule, rows
 
 
 def _dropout(call: Call) -> bool:
-    return bool(call.get("train") and call.get("p"))
+    return bool(call.get("train") is not False and call.get("p"))
+
+
+def _always(call: Call) -> bool:
+    return True
 
 
 ROWS: dict[str, Rule] = {
     **rows("dropout", Rule("~p* -> p*", is_random=_dropout)),
+    **rows("native_dropout", Rule("p* -> p*, p*", is_random=_dropout)),
+    **rows("alpha_dropout", Rule("p* -> p*", is_random=_dropout)),
+    # One draw per sample and channel, whatever lies behind them.
+    **rows("feature_dropout", Rule("~b c s* -> b c s*", is_random=_dropout, undrawn=frozenset("s"))),
+    **rows("feature_alpha_dropout", Rule("b c s* -> b c s*", is_random=_dropout, undrawn=frozenset("s"))),
+    **rows(
+        """rand_like randn_like randint_like randint_like.low_dtype bernoulli bernoulli.p uniform normal_functional exponential
+        log_normal cauchy geometric random random.from random.to""",
+        Rule("p* -> p*", is_random=_always),
+    ),
+    **rows("multinomial", Rule("b* [n] -> b* [k]", is_random=_always)),
 }

@@ -77,7 +77,7 @@ class Program:
             finally:
                 self.seed, self._is_again = outer
 
-        return checkpoint_module.checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint_module.checkpoint(run, *args, use_reentrant=False)
 
     def once(self, name: str) -> Tensor:
         """A buffer that an op of a checkpointed region writes: a copy of it when the region runs again."""
