@@ -23,8 +23,8 @@ from autoshard.program import Facts, Program, arguments, carries_gradient, draws
 
 aten = torch.ops.aten
 _DROPOUTS = {f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")}
-_LIKE = {f"aten.{name}.default" for name in ["rand_like", "randn_like", "randint_like", "uniform", "normal_functional", "exponential", "random"]}
-_LIKE |= {f"aten.{name}.default" for name in ["log_normal", "cauchy", "geometric"]}
+_LIKE = {f"aten.{name}.default" for name in ("rand_like", "randn_like", "randint_like", "uniform", "normal_functional", "random")}
+_LIKE |= {f"aten.{name}.default" for name in ("exponential", "log_normal", "cauchy", "geometric")}
 _LIKE |= {"aten.bernoulli.p", "aten.randint_like.low_dtype", "aten.random.from", "aten.random.to"}
 _ALPHA = 1.7580993408473766  # of SELU, whose mean and variance alpha dropout keeps
 

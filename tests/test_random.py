@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import autoshard
 from autoshard.checker import check
 from autoshard.errors import InputError
-from autoshard.program import facts
 
 SINGLE = autoshard.Options(randomness="single_device")
 
@@ -168,23 +167,6 @@ def test_every_rank_draws_its_own_piece(name: str, tmp_path: Any) -> None:
         assert name == "dropout_all" or not torch.equal(first[0], other[0])
         plan.save(tmp_path / "plan.json")
         assert autoshard.Plan.load(tmp_path / "plan.json").source() == plan.source()
-
-
-@pytest.mark.parametrize("name", ["rand_like", "randn_like", "normal_", "uniform_", "exponential_", "alpha", "native", "bernoulli_"])
-def test_like_ops_draw_per_piece(name: str) -> None:
-    x = torch.ones(8, 8, dtype=torch.float64)
-    model = Apply(LIKE[name])
-    plan = autoshard.plan(model, "a=2", (x,), constraints={"input:x": "S(0)"}, options=autoshard.Options(seed=3))
-    plan = next(
-        p
-        for p in (autoshard.plan(model, "a=2", (x,), options=autoshard.Options(seed=seed)) for seed in range(20))
-        if any(facts(node).random_axes == ("a",) for node in p.program.nodes("op"))
-    )
-    node = next(node for node in plan.program.nodes("op") if facts(node).random_axes == ("a",))
-    values = autoshard.simulate(plan, model, (x,), seed=1).values[node.name].values
-    first, second = (value[0] if isinstance(value, tuple) else value for value in values)
-    assert first.shape == second.shape
-    assert not torch.equal(first, second)
 
 
 def test_spatial_dropout_is_alike_along_split_space() -> None:

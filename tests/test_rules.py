@@ -13,6 +13,7 @@ import pytest
 import torch
 from uses import USES
 from uses.arguments import Use, ints, x
+from uses.random import DRAWN
 
 from autoshard.errors import RuleError
 from autoshard.mesh import MeshSpec
@@ -34,7 +35,7 @@ CASES = [pytest.param(name, row, id=f"{name.removeprefix('aten.')}-{k}") for nam
 
 
 def test_every_row_is_proved_here() -> None:
-    assert sorted(RULES) == sorted(USES), "every op of the table has uses in tests/uses"
+    assert sorted(RULES) == sorted({**USES, **DRAWN}), "every op of the table has uses in tests/uses"
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
@@ -125,6 +126,21 @@ def test_attention_dropout_draws_once_per_probability(mesh: str) -> None:
             for strategy, dim in ((s, s.outputs[0].dim) for s in candidate.strategies if s.factor in ("b.1", "b.0", "q")):
                 first, second = kept.chunk(2, dim)
                 assert not torch.equal(first, second), strategy
+
+
+@pytest.mark.parametrize("mesh", ["a=2", "a=2,b=2"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_pieces_draw_by_themselves(name: str, mesh: str) -> None:
+    case = OpCase(overload(name), DRAWN[name].args, {}, MeshSpec.of(mesh))
+    candidates, ranks = case.candidates({}), case.mesh.coordinates()
+    factors = [strategy.factor for candidate in candidates for strategy in candidate.strategies]
+    assert " ".join(dict.fromkeys(filter(None, factors))) == DRAWN[name].splits
+    for candidate in candidates:
+        pieces = [piece.detach() for piece in case.run(candidate).outputs[0]]
+        assert {tuple(piece.shape) for piece in pieces} == {tuple(shard(case.outputs[0], candidate.outputs[0], case.mesh, ranks[0]).shape)}
+        positions = [tuple(c for c, p in zip(at, candidate.outputs[0], strict=True) if p.is_split) for at in ranks]
+        for i, j in itertools.combinations(range(len(ranks)), 2):
+            assert torch.equal(pieces[i], pieces[j]) == (positions[i] == positions[j])
 
 
 def test_random_call_is_not_compared() -> None:
