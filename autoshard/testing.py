@@ -70,6 +70,8 @@ def check_rule(
     """
     case = OpCase(op_overload(op), args, kwargs, MeshSpec.of(mesh))
     candidates = case.candidates(segmentations or {})
+    if _draws(case):
+        raise RuleError(f"this call of {case.op} draws random numbers: prove it with the draws turned off")
     failing = [(candidate, failure) for candidate in candidates if (failure := failure_of(case, candidate))]
     if failing:
         shown = [f"{_describe(case, candidate)}: {failure}" for candidate, failure in failing[:_MOST_SHOWN]]
@@ -98,6 +100,12 @@ def discover_rule(
     from autoshard import discovery  # it stands on this module
 
     return discovery.discover(op, [(args, kwargs)] if samples is None else samples)
+
+
+def _draws(case: OpCase) -> bool:
+    _, node = case.program()
+    rule = rule_of(op_name(node))
+    return rule is not None and rule.is_random(call_of(node))
 
 
 @dataclass
@@ -142,12 +150,10 @@ class OpCase:
     def candidates(self, segmentations: Mapping[int, Sequence[tuple[int, ...]]]) -> list[Candidate]:
         """What the search would choose from. Raises RuleError when there is nothing to prove."""
         program, node = self.program()
-        call, rule = call_of(node), rule_of(op_name(node))
+        rule = rule_of(op_name(node))
         if rule is None:
             raise RuleError(f"{self.op} has no rule: autoshard.register_rule adds one")
-        if rule.is_random(call):
-            raise RuleError(f"this call of {self.op} draws random numbers: prove it with the draws turned off")
-        rule.bind(call)
+        rule.bind(call_of(node))
         table = CandidateTable(program, CostModel(self.mesh, hardware_of("cpu")))
         for size, options in segmentations.items():
             table.segmentations[size] = [*table.segmentations.get(size, []), *options]

@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo
 from autoshard.planner import Randomness
 from autoshard.program import Facts, Program, arguments, carries_gradient, draws_random, facts, op_name, set_facts
 
 aten = torch.ops.aten
 _DROPOUTS = {f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")}
-_LIKE = {f"aten.{name}.default" for name in ("rand_like", "randn_like", "randint_like", "uniform", "normal_functional", "random")}
-_LIKE |= {f"aten.{name}.default" for name in ("exponential", "log_normal", "cauchy", "geometric")}
-_LIKE |= {"aten.bernoulli.p", "aten.randint_like.low_dtype", "aten.random.from", "aten.random.to"}
 _ALPHA = 1.7580993408473766  # of SELU, whose mean and variance alpha dropout keeps
 
 
@@ -70,7 +68,7 @@ class _Rewriter:
             self._native_dropout()
         elif name in _DROPOUTS:
             self._replace(self._dropout(name))
-        elif name in _LIKE:
+        elif name in SHAPE_ALONE:
             self._replace(self._like())
         elif name == "aten.scaled_dot_product_attention.default" and is_math:
             self._replace(self._attention())

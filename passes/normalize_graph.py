@@ -21,6 +21,7 @@ from autoshard.autocast import inside
 from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
 from autoshard.ops import lowerings
+from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.program import Facts, Program, carries_gradient, draws_random, facts, producer, set_facts, writes_statistics
 
@@ -280,6 +281,8 @@ class _Writer:
         self.env[node] = self._create("call_function", operator.getitem, (source, index), {}, known)
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
+        if str(target) in SHAPE_ALONE and facts(producer(args[0])[0]).needs_grad:
+            args = (self._call(aten.detach.default, args[:1], {}, Facts("op", facts(args[0]).values, source=old.source)), *args[1:])
         known = Facts("op", old.values, source=old.source, autocast=old.autocast, recompute=old.recompute, strides=old.strides)
         node = self._create("call_function", target, args, kwargs, known)
         flows = carries_gradient(node)

@@ -162,7 +162,10 @@ def test_every_rank_draws_its_own_piece(name: str, tmp_path: Any) -> None:
     model = Apply({**FACTORIES, **LIKE}[name])
     for seed in (None, 0, 1):
         plan = autoshard.plan(model, "a=2,b=2", (x,), options=autoshard.Options(seed=seed))
-        first, again, other = (autoshard.simulate(plan, model, (x,), seed=number).outputs[0].values for number in (1, 1, 2))
+        simulations = [autoshard.simulate(plan, copy.deepcopy(model), (x,), seed=number) for number in (1, 1, 2)]
+        first, again, other = (simulation.outputs[0].values for simulation in simulations)
+        simulations[0].backward()
+        assert simulations[0].gradient("scale") is not None
         assert all(torch.equal(first[0], value) for value in (*first, *again))
         assert name == "dropout_all" or not torch.equal(first[0], other[0])
         plan.save(tmp_path / "plan.json")

@@ -13,6 +13,11 @@ def _always(call: Call) -> bool:
     return True
 
 
+# Ops that read their operand's shape alone; most have no derivative.
+SHAPE_ALONE = {f"aten.{name}.default" for name in ("rand_like", "randn_like", "randint_like", "uniform", "normal_functional", "random")}
+SHAPE_ALONE |= {f"aten.{name}.default" for name in ("exponential", "log_normal", "cauchy", "geometric")}
+SHAPE_ALONE |= {"aten.bernoulli.p", "aten.randint_like.low_dtype", "aten.random.from", "aten.random.to"}
+
 ROWS: dict[str, Rule] = {
     **rows("dropout", Rule("~p* -> p*", is_random=_dropout)),
     **rows("native_dropout", Rule("p* -> p*, p*", is_random=_dropout)),
@@ -20,10 +25,6 @@ ROWS: dict[str, Rule] = {
     # One draw per sample and channel, whatever lies behind them.
     **rows("feature_dropout", Rule("~b c s* -> b c s*", is_random=_dropout, undrawn=frozenset("s"))),
     **rows("feature_alpha_dropout", Rule("b c s* -> b c s*", is_random=_dropout, undrawn=frozenset("s"))),
-    **rows(
-        """rand_like randn_like randint_like randint_like.low_dtype bernoulli bernoulli.p uniform normal_functional exponential
-        log_normal cauchy geometric random random.from random.to""",
-        Rule("p* -> p*", is_random=_always),
-    ),
+    **{op: Rule("p* -> p*", is_random=_always) for op in sorted({"aten.bernoulli.default", *SHAPE_ALONE})},
     **rows("multinomial", Rule("b* [n] -> b* [k]", is_random=_always)),
 }
