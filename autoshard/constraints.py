@@ -3,7 +3,8 @@
     {"*.c_attn.weight": "S(0)@tp",      a parameter rests in this placement on axis tp, other axes are free
      "input:ids": "S(0)@dp",            an input is cut like this first
      "output:h.*": "I@tp",              what a module returns lies like this
-     "*.norm.weight": "I"}              on every axis
+     "*.norm.weight": "I",              on every axis
+     "split:*.attn.scaled_dot_product_attention": "s&k@cp"}   ops of a module split this factor of their rule
 
 A placement may be `S` for a split along any dim, and alternatives are separated by `|`. A pattern without a prefix names
 parameters, then inputs, then module outputs: the first kind that it matches.
@@ -12,29 +13,38 @@ parameters, then inputs, then module outputs: the first kind that it matches.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import fx
 
+from autoshard.equations import Strategy
 from autoshard.errors import ConstraintError, PlacementError
 from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, Placement, local_shape
-from autoshard.program import Program, facts, producer
+from autoshard.program import Program, facts, op_name, producer
 
-Subject = Literal["parameter", "input", "output"]
+Subject = Literal["parameter", "input", "output", "split"]
 Allowed = tuple[tuple[str, ...], ...]  # per axis, the texts of allowed placements; () is free
 
 
 @dataclass(frozen=True)
 class Pin:
-    """One constraint at work on one value. `is_soft` pins of templates give way where no size divides."""
+    """One constraint at work on one value. `is_soft` pins of templates give way where no size divides.
+
+    is_split: `allowed` are the factors that an op may split, not placements.
+    """
 
     pattern: str
     text: str
     allowed: Allowed
     is_soft: bool = False
+    is_split: bool = False
+
+    def admits_split(self, strategies: Sequence[Strategy]) -> bool:
+        """Whether an op with these strategies, one per axis, splits what the pin asks."""
+        return all(not factors or strategy.factor in factors for strategy, factors in zip(strategies, self.allowed, strict=True))
 
     def admits(self, layout: Layout, needs_grad: bool = True) -> bool:
         """Whether `layout` satisfies the pin; I and R are the same where no gradient flows."""
@@ -57,11 +67,12 @@ class Pin:
 def parse_constraint(pattern: str, text: str, mesh: MeshSpec, is_soft: bool = False) -> Pin:
     """Read `"S(0)@tp I@dp"` or, for every axis, `"I"`. Raises ConstraintError."""
     allowed: list[tuple[str, ...]] = [() for _ in mesh.axes]
+    is_split = pattern.startswith("split:")
     for part in text.replace(",", " ").split():
         placements, at, axis = part.partition("@")
         options = tuple(placements.split("|"))
         for option in options:
-            if option != "S":
+            if option != "S" and not is_split:
                 try:
                     Placement.parse(option)
                 except PlacementError as error:
@@ -72,12 +83,14 @@ def parse_constraint(pattern: str, text: str, mesh: MeshSpec, is_soft: bool = Fa
             if allowed[k] and allowed[k] != options:
                 raise ConstraintError(f"constraint {pattern!r}: {text!r} asks two placements on axis {mesh.axes[k]!r}")
             allowed[k] = options
-    return Pin(pattern, text, tuple(allowed), is_soft)
+    return Pin(pattern, text, tuple(allowed), is_soft, is_split)
 
 
 def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = False) -> dict[fx.Node, list[Pin]]:
     """Which node each constraint pins. Raises ConstraintError for a pattern that matches nothing."""
-    names: dict[Subject, dict[str, list[fx.Node]]] = {"parameter": {}, "input": {}, "output": module_outputs(program)}
+    names: dict[Subject, dict[str, list[fx.Node]]] = {"parameter": {}, "input": {}, "output": module_outputs(program), "split": {}}
+    for node in program.nodes("op"):
+        names["split"].setdefault(f"{facts(node).source.module}.{op_name(node).split('.')[-2:][0]}".lstrip("."), []).append(node)
     for name, node in program.parameters().items():
         names["parameter"].setdefault(name, []).append(node)
         for alias in (alias for alias, target in program.aliases.items() if target == name):
@@ -88,7 +101,7 @@ def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = Fa
     for pattern, text in constraints.items():
         pin = parse_constraint(pattern, text, program.mesh, is_soft)
         prefix, _, rest = pattern.rpartition(":")
-        kinds = [kind for kind in names if not prefix or kind.startswith(prefix)]
+        kinds = [kind for kind in names if (kind.startswith(prefix) if prefix else kind != "split")]
         matched = next((found for kind in kinds if (found := _matching(names[kind], rest))), [])
         if not matched and not is_soft:
             known = sorted(name for kind in kinds for name in names[kind])

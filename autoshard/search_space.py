@@ -127,7 +127,7 @@ class SearchSpace:
             if facts(node).role == "parameter":
                 self.domains[node] = self._admitted(node, self.table.of_parameter(facts(node).value))
             elif node not in self.chosen:
-                self.domains[node] = self.table.of_op(node)
+                self.domains[node] = self._splitting(node, self.table.of_op(node))
         for node in self.program.nodes("op", "update", "output"):
             for k, operand in enumerate(tensor_operands(node)):
                 self.uses.setdefault(producer(operand), []).append((node, k))
@@ -137,6 +137,19 @@ class SearchSpace:
                 continue
             if self.pins_of(value) or (len(users) > 1 and searched):
                 self.supplies[value] = self._supplies(value)
+
+    def _splitting(self, node: fx.Node, options: list[Candidate]) -> list[Candidate]:
+        """Candidates of an op that split what constraints ask it to."""
+        for pin in (pin for pin in self.pins.get(node, []) if pin.is_split):
+            kept = [c for c in options if pin.admits_split(c.strategies)]
+            if not kept:
+                can = "; ".join(
+                    f"{axis}: {', '.join(dict.fromkeys(c.strategies[k].factor for c in options if c.strategies[k].factor)) or 'nothing'}"
+                    for k, axis in enumerate(self.program.mesh.axes)
+                )
+                raise ConstraintError(f"{node.name} at {facts(node).source} cannot split as {pin} asks; by axis, it can split {can}.")
+            options = kept
+        return options
 
     def _admitted(self, node: fx.Node, options: list[Candidate]) -> list[Candidate]:
         pins, value = self.pins.get(node, []), facts(node).value
@@ -155,7 +168,7 @@ class SearchSpace:
         if facts(node).role != "op":
             return []
         named = node if len(facts(node).values) == 1 else next((u for u in node.users if u.args[1:] == (index,)), node)
-        return self.pins.get(named, [])
+        return [pin for pin in self.pins.get(named, []) if not pin.is_split]
 
     def _supplies(self, value: Value) -> list[Supply]:
         natives = list(dict.fromkeys(c.outputs[value[1]] for c in self.domains[value[0]]))

@@ -62,7 +62,8 @@ class AnnotateShardings:
     def _pins(self, program: Program, constraints: Mapping[str, str]) -> dict[fx.Node, list[Pin]]:
         pins = pins_of(program, constraints)
         for node, extra in pins_of(program, template_constraints(program, self.template), is_soft=True).items():
-            pins.setdefault(node, extra)  # what the caller pins replaces what the template says of it
+            given = pins.get(node, [])  # what the caller pins replaces what the template says of it
+            pins[node] = given if any(not pin.is_split for pin in given) else [*extra, *given]
         for name, layout in self.fixed_parameters.items():
             if name in program.parameters():
                 pins[program.parameters()[name]] = [Pin(f"parameter:{name}", "where it already lies", tuple((str(p),) for p in layout))]
