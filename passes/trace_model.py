@@ -77,6 +77,7 @@ class TraceModel:
                 exported = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
             raise TraceError(_explain(error, self.model)) from error
+        _refuse_flex_attention(exported, self.model)
         for kind, where in dict.fromkeys(lost):
             if kind in ("Tensor.register_hook", "torch.autograd.grad"):
                 raise TraceError(f"{kind} at {where}: tracing would lose it, and gradients would be wrong; change the model there")
@@ -87,6 +88,19 @@ class TraceModel:
         for where in dict.fromkeys(selective):
             program.note(f"checkpoint at {where} has its own context_fn, which is not looked at: the whole region is recomputed")
         return exported
+
+
+_NO_FLEX_ATTENTION = (
+    "flex_attention cannot be partitioned: its score and mask functions count positions of the whole sequence. "
+    "Call torch.nn.functional.scaled_dot_product_attention there, with is_causal or the mask as a tensor."
+)
+
+
+def _refuse_flex_attention(exported: Any, model: nn.Module) -> None:
+    bodies = [sub.graph for sub in exported.graph_module.modules() if isinstance(sub, fx.GraphModule)]
+    for node in (node for graph in bodies for node in graph.nodes):
+        if str(node.target) == "flex_attention":
+            raise TraceError(f"cannot trace {type(model).__name__}: it calls flex_attention\n  at {_source(node)}\n  {_NO_FLEX_ATTENTION}")
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -121,6 +135,7 @@ def _explain(error: Exception, model: nn.Module) -> str:
         if data_dependent
         else "torch.export must be able to trace the model; try torch.export.export(model, args, strict=False) to see its full report."
     )
+    advice = _NO_FLEX_ATTENTION if "FlexAttention" in text else advice
     return f"cannot trace {type(model).__name__}: {reason}\n  at {place}\n  {advice}"
 
 
@@ -210,6 +225,6 @@ def _source(node: fx.Node) -> Source:
     key, (path, cls) = list(stack.items())[-1] if stack else ("", ("", ""))
     cls = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "/torch/" not in frame[0]]
+    own = [frame for frame in frames if "/torch/" not in frame[0] and not frame[0].startswith("<")]
     file, line, text = (own or frames or [("", 0, "")])[-1]
     return Source(path, cls.rsplit(".", 1)[-1], key, file, int(line), text.strip())
