@@ -11,7 +11,8 @@ whole; `(a [b])` a dim made of several factors, major first; `q|k|v` a dim that 
 split together; `1` a dim without a factor. A factor that no output has is summed over. Marks on operands: `~` the op is
 linear in this operand (jointly with the additive ones); `+` an additive operand. After `;` stand factors that a lowering
 splits together on one axis, `x&y`, whether or not each may be split by itself; an operand with several of them is split
-along the first.
+along the first. Factors of one dim `(x y)` are linked to cut that dim as one, wherever the cuts fall; operands that lack any
+of them stay whole.
 
 On one axis of n ranks, the sound strategies are
     1. inputs I -> outputs I, and inputs R -> outputs R (the work is done n times);
@@ -242,7 +243,14 @@ def base(factor: str) -> str:
 def _divides(equation: Equation, group: tuple[str, ...], n: int) -> bool:
     """Whether `n` ranks may share a group of factors that are split together."""
     within = n <= equation.limits.get("&".join(group) if group in equation.linked else group[0], n)
+    if _is_product(equation, group):
+        return within and _product(equation.sizes[name] for name in group) % n == 0
     return within and all(equation.sizes[name] and equation.sizes[name] % n == 0 for name in group)
+
+
+def _is_product(equation: Equation, group: tuple[str, ...]) -> bool:
+    """Whether a group of linked factors makes up a dim, which is then cut as one."""
+    return group in equation.linked and any(set(group) <= set(dim) for operand in equation.inputs for dim in operand.dims)
 
 
 def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]) -> Strategy | None:
@@ -254,6 +262,8 @@ def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]
         is_output = position >= len(equation.inputs)
         at = [k for name in group for k, dim in enumerate(operand.dims) if name in dim] if is_linked else []
         at = at[:1] or [k for k, dim in enumerate(operand.dims) if set(group) & set(dim)]
+        if _is_product(equation, group):
+            at = [k for k, dim in enumerate(operand.dims) if set(group) <= set(dim)]
         if len(at) > 1:
             return None
         if at:
@@ -295,6 +305,10 @@ def divides(equation: Equation, factors: Sequence[str], sizes: Sequence[int]) ->
     groups = {group[0]: group for group in equation.joined} | {"&".join(group): group for group in equation.linked}
     total: dict[str, int] = {}
     for factor, n in ways.items():
+        if _is_product(equation, groups.get(factor, ())):
+            if set(groups[factor]) & set(ways) or _product(equation.sizes[name] for name in groups[factor]) % n:
+                return False
+            continue
         for name in groups.get(factor, (factor,)) if factor else ():
             total[name] = total.get(name, 1) * n
     within = all(n <= equation.limits.get(factor, n) for factor, n in ways.items())
