@@ -109,8 +109,8 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
     """Keyword of the rule's lowering -> the axes that split its factor, outermost first; empty where none does."""
     found: dict[str, tuple[str, ...]] = {}
     for axis, factor in zip(axes, factors, strict=True):
-        keyword = rule.lowering.axes.get(base(factor)) if rule is not None and rule.lowering is not None and factor else None
-        if keyword is not None:
+        keywords = rule.lowering.axes.get(base(factor), "") if rule is not None and rule.lowering is not None and factor else ""
+        for keyword in keywords.split():
             found[keyword] = (*found.get(keyword, ()), axis)
     return found
 

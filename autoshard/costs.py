@@ -68,7 +68,7 @@ class CostModel:
         moved = sum(self.local_bytes(value, layout) for value, layout in zip(values, layouts, strict=True))
         flops = 0.0
         if rule is not None and equation is not None and rule.bound == "matmul":
-            flops = 2.0 * math.prod(equation.sizes.values()) / split
+            flops = 2.0 * rule.products(equation.sizes) / split
         once = max(flops / (hardware.flops_per_s * hardware.efficiency), moved / hardware.memory_bytes_per_s) + hardware.kernel_latency_s
         gradients = (
             sum(value.needs_grad for value in values[: len(equation.inputs)]) if equation is not None else sum(v.needs_grad for v in values)

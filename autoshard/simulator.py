@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd.function import once_differentiable
 
 from autoshard import autocast
 from autoshard.mesh import MeshSpec
@@ -104,6 +105,10 @@ class SimulatedAxis:
             return x
         return Ranks(_Convert.apply(self, forward, backward, *x.values))
 
+    def apply(self, function: type[torch.autograd.Function], *args: Any) -> Ranks:
+        leaves = [value for arg in args if isinstance(arg, Ranks) for value in arg.values]
+        return Ranks(_Apply.apply(function, args, *leaves))
+
     def maximum(self, x: Ranks) -> Ranks:
         result = [value.detach() for value in x.values]
         for group in self.groups():
@@ -131,6 +136,35 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
         return None, None, None, *(grad.clone() for grad in ctx.axis.run(ctx.backward_collective, grads))
+
+
+class Context:
+    """Stands for the context of an autograd.Function that is run on all ranks at once."""
+
+    def __init__(self, args: Sequence[Any], needs_input_grad: Sequence[bool]) -> None:
+        self.args, self.needs_input_grad = args, tuple(needs_input_grad)
+        self.saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+
+class _Apply(torch.autograd.Function):
+    """A function that communicates on its own, all ranks at once."""
+
+    @staticmethod
+    def forward(ctx: Any, function: type[torch.autograd.Function], args: tuple, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.function = function
+        ctx.inner = Context(args, [isinstance(arg, Ranks) and arg.values[0].requires_grad for arg in args])
+        return tuple(value.clone() for value in function.forward(ctx.inner, *args).values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        found = ctx.function.backward(ctx.inner, Ranks(grads))
+        flat = [given.values if given is not None else [None] * len(grads) for given in found]
+        kept = [values for arg, values in zip(ctx.inner.args, flat, strict=True) if isinstance(arg, Ranks)]
+        return None, None, *(value for values in kept for value in values)
 
 
 def run_group(collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:

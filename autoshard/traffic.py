@@ -17,6 +17,7 @@ from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import Layout, local_shape
 from autoshard.program import Program, call_of, facts, tensor_operands
 from autoshard.runtime import Collective
+from autoshard.simulator import Context
 
 Sent = tuple[str, str, int]  # axis, the collective, bytes that the axis holds together
 
@@ -38,6 +39,15 @@ class MeteredAxis:
         if forward.name == "all_gather":
             return torch.cat([x] * self.size, forward.dim)
         return x.chunk(self.size, forward.dim)[0] if forward.name in ("reduce_scatter", "slice") else x
+
+    def apply(self, function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+        plain = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        context = Context(plain, [isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args])
+        result = function.forward(context, *plain)
+        if any(context.needs_input_grad):
+            function.backward(context, torch.empty_like(result))
+            result.requires_grad_()
+        return result
 
     def maximum(self, x: torch.Tensor) -> torch.Tensor:
         self.sent.append((self.name, "all_reduce", x.numel() * x.element_size()))

@@ -15,7 +15,10 @@ from uses import USES
 from uses.arguments import Use, ints, x
 from uses.random import DRAWN
 
+from autoshard.candidates import CandidateTable
+from autoshard.costs import CostModel
 from autoshard.errors import RuleError
+from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES
 from autoshard.ops.row import Rule
@@ -110,11 +113,17 @@ def test_dropout_draws_once_per_value(mesh: str) -> None:
 
 @pytest.mark.parametrize("mesh", ["a=2", "a=2,b=2"])
 def test_attention_dropout_draws_once_per_probability(mesh: str) -> None:
-    """The values are unit matrices side by side, so that results are probabilities: a split of `e` must not change the draws."""
+    """The values are unit matrices side by side, so that results are probabilities: a split of `e` must not change the draws.
+
+    Keys stay whole: each probability is drawn once.
+    """
     query, key, value = x(4, 4, 6, 2), x(4, 4, 6, 2), torch.eye(6, dtype=torch.float64).repeat(4, 4, 1, 4)
     quiet = OpCase(aten.scaled_dot_product_attention.default, (query, key, value), {}, MeshSpec.of(mesh))
     case = OpCase(aten.scaled_dot_product_attention.default, (query, key, value, None, 0.5), {}, MeshSpec.of(mesh))
-    for candidate in quiet.candidates({}):
+    program, node = case.program()
+    candidates = CandidateTable(program, CostModel(case.mesh, hardware_of("cpu"))).of_op(node)
+    assert {strategy.factor for candidate in candidates for strategy in candidate.strategies} == {"", "b.1", "b.0", "q", "e"}
+    for candidate in candidates:
         drawn = unshard(case.run(candidate).outputs[0], candidate.outputs[0], case.mesh)
         if P in candidate.outputs[0]:
             continue  # terms of the values: no unit matrices

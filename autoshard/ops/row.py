@@ -53,8 +53,8 @@ Builder = Callable[[Call], "str | Sized | Limited"]
 class Lowering:
     """`function` of autoshard.runtime replaces the op where a factor named in `axes` is split.
 
-    It takes the op's own arguments and, per entry of `axes` (factor without its number -> keyword), the mesh axes that
-    split the factor. Factors in `settled` leave outputs that lack them I rather than P: the lowering sums inside.
+    It takes the op's own arguments and, per entry of `axes` (factor without its number -> keyword, or several), the mesh axes
+    that split the factor. Factors in `settled` leave outputs that lack them I rather than P: the lowering sums inside.
     `ordered` factors cannot be split in segments: the lowering counts positions from the rank's number.
     """
 
@@ -75,6 +75,7 @@ class Rule:
     is_random: Callable[[Call], bool] = lambda call: False
     undrawn: frozenset[str] = frozenset()  # factors that the random numbers do not depend on
     bound: Literal["matmul", "memory"] = "memory"
+    products: Callable[[Mapping[str, int]], int] = lambda sizes: math.prod(sizes.values())  # multiplications, where matmul bound
 
     def bind(self, call: Call) -> Equation:
         """The equation bound to the shapes of `call`. Raises RuleError when it does not fit."""

@@ -4,6 +4,7 @@ The folder is copied beside emitted programs as `autoshard_runtime`. Each family
 an op where some of its factors are split, named by rows of autoshard.ops.
 """
 
+from .attention import *  # noqa: F403
 from .axes import Axis as Axis
 from .axes import Collective as Collective
 from .axes import cut as cut

@@ -37,6 +37,10 @@ class Axis(NamedTuple):
             return run(forward, x, self)
         return _Convert.apply(x, self, forward, backward)
 
+    def apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
+        """`function.apply(*args)`, for a function that communicates on its own; it has one result."""
+        return function.apply(*args)
+
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over the axis; no gradient."""
         return x.detach() if self.size == 1 else wait(torch.ops._c10d_functional.all_reduce(x.detach().contiguous(), "max", self.group))
