@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autoshard.errors import RuleError
 from autoshard.ops.row import Call, Rule, Sized, rows
 
 
@@ -77,7 +78,19 @@ def kronecker(call: Call) -> Sized:
     return f"~{left}, ~{right} -> {out}", sizes
 
 
+def einsum(call: Call) -> str:
+    """The op's own equation. Repeated letters of one operand (a diagonal) and `...` are not read: such calls are whole."""
+    left, arrow, right = call.get("equation").replace(" ", "").partition("->")
+    operands = left.split(",")
+    if "." in left or any(len(set(letters)) < len(letters) for letters in operands):
+        raise RuleError(f"einsum {call.get('equation')!r} takes a diagonal or has dims without letters")
+    if not arrow:
+        right = "".join(sorted(letter for letter in set(left) - {","} if left.count(letter) == 1))
+    return f"{', '.join('~' + ' '.join(letters) for letters in operands)} -> {' '.join(right)}"
+
+
 ROWS: dict[str, Rule] = {
+    **rows("einsum", Rule(einsum, bound="matmul")),
     **rows("linear", Rule("~b* i, ~o i, +o -> b* o", bound="matmul")),
     **rows("bilinear", Rule("~b* i, b* j, ~o i j, +o -> b* o", bound="matmul")),
     **rows("addmm", Rule(addmm, bound="matmul")),

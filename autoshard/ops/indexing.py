@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from autoshard.errors import RuleError
-from autoshard.ops.row import Call, Limited, Lowering, Rule, Sized, TensorInfo, letters, rows, spell
+from autoshard.ops.row import Call, Limited, Lowering, Rule, TensorInfo, letters, rows, spell
 
 _INDEXED = "uvw"  # factors of the first indexed dims: each is split by an argument of its own; further ones stay whole
 
@@ -238,22 +238,6 @@ def repeat_interleave(call: Call) -> Limited:
     return spell(["~" + " ".join(names)], [out]), sizes, {"r": 1}
 
 
-def repeat(call: Call) -> Limited:
-    """The whole tensor several times along dims: `d -> (r d)`."""
-    shape, out = call.inputs[0].shape, call.outputs[0].shape
-    names, new = letters(len(shape)), len(out) - len(shape)
-    if 0 in out:
-        return "~[x*] -> [y*]", {}, {}
-    terms = [f"[r{k}]" for k in range(new)]
-    sizes: dict[str, int] = {}
-    for name, before, after in zip(names, shape, out[new:], strict=True):
-        times = after // before
-        sizes |= {name: before, f"{name}r": times}
-        terms.append(name if times == 1 else f"[{name}r]" if before == 1 else f"({name}r {name})")
-    source = ["1" if size == 1 and f"[{name}r]" in terms else name for name, size in zip(names, shape, strict=True)]
-    return spell(["~" + " ".join(source)], [" ".join(terms)]), sizes, {f"{name}r": 1 for name in names}
-
-
 def meshgrid(call: Call) -> str:
     """Every vector along a dim of its own."""
     names = letters(len(call.inputs))
@@ -303,6 +287,5 @@ ROWS: dict[str, Rule] = {
     **rows("searchsorted.Tensor", Rule(searchsorted)),
     **rows("bucketize.Tensor", Rule("b*, [s] -> b*")),
     **rows("repeat_interleave.self_int", Rule(repeat_interleave)),
-    **rows("repeat tile", Rule(repeat)),
     **rows("meshgrid meshgrid.indexing", Rule(meshgrid)),
 }

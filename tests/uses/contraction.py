@@ -13,6 +13,16 @@ USES: dict[str, list[Use]] = {
         use("m k n P", x(1), x(4, 12), x(12, 6)),
     ],
     "aten.bmm.default": [use("b m k n P", x(4, 2, 6), x(4, 6, 8))],
+    "aten.einsum.default": [
+        use("b q d k P", "bqd,bkd->bqk", [x(4, 6, 2), x(4, 8, 2)]),
+        use("t h e c P", "th,tec->ech", [x(4, 6), x(4, 2, 2)]),
+        use("e c h f P", "e c h, e h f -> e c f", [x(2, 4, 6), x(2, 6, 4)]),
+        use("i k P", "ij,jk", [x(4, 3), x(3, 6)]),
+        use("i j P", "ij->j", [x(4, 6)]),
+        use("i j k l P", "ij,jk,kl->il", [x(4, 6), x(6, 2), x(2, 8)]),
+        use("i k P", "ij,jk->ik", [x(4, 1), x(3, 6)]),
+        use("P", "i,->i", [x(1), x()]),
+    ],
     "aten.linear.default": [
         use("b.1 b.0 i o P", x(4, 2, 6), x(12, 6), x(12)),
         use("b.0 i o P", x(4, 6), x(12, 6)),

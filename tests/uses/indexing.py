@@ -15,7 +15,10 @@ USES: dict[str, list[Use]] = {
         use("h P", x(12, 6), ints(12, 24), -1, True),
         use("v h b.0 P", Buffer(x(12, 6)), ints(12, 4)),
     ],
-    "aten.bucketize.Tensor": [use("b.1 b.0", Buffer(x(4, 6)), Buffer(x(5).sort().values)), use("b.0", ints(9, 4), ints(9, 3).sort().values, right=True)],
+    "aten.bucketize.Tensor": [
+        use("b.1 b.0", Buffer(x(4, 6)), Buffer(x(5).sort().values)),
+        use("b.0", ints(9, 4), ints(9, 3).sort().values, right=True),
+    ],
     "aten.diag_embed.default": [use("d0 P", x(4, 6)), use("d0 d1 P", x(2, 4, 6), 1, 0, -2)],
     "aten.diagonal.default": [use("d0 P", x(4, 6, 5), 0, -2, -1), use("d1 P", x(4, 6, 5), 1, 0, 2), use("P", x(4, 4))],
     "aten.diagonal_scatter.default": [use("d0 P", x(4, 6, 5), x(4, 5), 0, 1, 2), use("P", x(4, 4), x(3), 1)],
@@ -42,7 +45,10 @@ USES: dict[str, list[Use]] = {
         use("u d1 i P", x(12, 6), 0, ints(12, 4), x(4, 6), alpha=2.0),
         use("d0 u P", x(4, 12), -1, ints(12, 1), x(4, 1)),
     ],
-    "aten.index_copy.default": [use("u d1 P", x(12, 6), 0, ints(12, 1), x(1, 6)), use("d0 u P", x(4, 12), 1, torch.tensor([3, 8]), x(4, 2))],
+    "aten.index_copy.default": [
+        use("u d1 P", x(12, 6), 0, ints(12, 1), x(1, 6)),
+        use("d0 u P", x(4, 12), 1, torch.tensor([3, 8]), x(4, 2)),
+    ],
     "aten.index_fill.int_Scalar": [use("u d1", x(12, 6), 0, ints(12, 4, low=-12), 2.0), use("d0 u", x(4, 12), 1, ints(12), 0.0)],
     "aten.index_fill.int_Tensor": [use("u d1 P", x(12, 6), 0, ints(12, 4), x())],
     "aten.index_put.default": [
@@ -66,13 +72,6 @@ USES: dict[str, list[Use]] = {
     "aten.meshgrid.default": [use("d0 d1 d2", [x(4), x(6), x(2)]), use("d1", [x(), x(6)])],
     "aten.meshgrid.indexing": [use("d0 d1", [x(4), x(6)], indexing="ij"), use("d0 d1 d2", [x(4), x(6), x(2)], indexing="xy")],
     "aten.one_hot.default": [use("b.1 b.0 c", ints(12, 4, 6), 12), use("b.0", ints(5, 4), 5), use("c", ints(12), 12)],
-    "aten.repeat.default": [
-        use("d0 d1 P", x(4, 6), [2, 3, 1]),
-        use("d1 P", x(1, 6), [4, 1]),
-        use("P", x(), [4]),
-        use("P", x(4, 6), [0, 1]),
-        use("d0 d1 P", x(4, 6), [1, 2]),
-    ],
     "aten.repeat_interleave.self_int": [
         use("d0 d1 P", x(4, 6), 2, 1),
         use("d0 d1 P", x(4, 6), 3, 0),
@@ -110,7 +109,6 @@ USES: dict[str, list[Use]] = {
         use("d0 u i P", x(4, 12), ints(12, 1, 6), 1),
         use("P", x(4, 3), ints(12, 6)),
     ],
-    "aten.tile.default": [use("d0 d1 P", x(4, 6), [2]), use("d0 d1 P", x(4, 6), [2, 3, 1])],
     "aten.tril.default": [use("r c P", x(4, 6)), use("b.0 r c P", x(2, 6, 4), -2), use("b.0 r c", bools(2, 6, 4), 1)],
     "aten.triu.default": [use("r c P", x(6, 4), 1), use("b.0 r c P", x(2, 4, 6), -2)],
 }
