@@ -2,8 +2,8 @@
 
 No-grad regions are inlined and their results detached; autocast regions are inlined, and each op remembers in which it
 runs. A weight that such an op casts is cast by a node of its own, so that it can be gathered after the cast. In-place ops
-become functional ones where no other view of the tensor is read afterwards, else the model is refused. What a model writes
-into its buffers becomes an update at the end.
+become functional ones: what they write goes back through the views to the tensor that has the memory, and other views of it
+are made anew where they are read. What a model writes into its buffers becomes an update at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from autoshard.ops import lowerings
 from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.program import Facts, Program, carries_gradient, draws_random, facts, producer, set_facts, writes_statistics
+from autoshard.views import shares_memory, write_back
 
 aten = torch.ops.aten
 _DROPPED = {"aten._assert_tensor_metadata.default", "aten._assert_scalar.default", "aten._assert_async.msg"}
@@ -42,6 +43,8 @@ _CASTS = {
     "aten.alias.default",
     "aten.lift_fresh_copy.default",
 }
+# In-place ops whose functional form has the dtype of its first operand whatever the others have.
+_KEEPS_DTYPE = ("fill", "masked_", "index_", "scatter")
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
 
@@ -64,12 +67,14 @@ class _Memory:
     """Which traced nodes share memory, and when each is last read; no-grad regions count as if they stood in the graph.
 
     root: of a view, the node whose memory it shares. same: of a node that is another node's very tensor, that node.
+    viewed: of a view, the node that it is a view of.
     bodies: the no-grad region that a node is made in, if any.
     """
 
     def __init__(self) -> None:
         self.root: dict[fx.Node, fx.Node] = {}
         self.same: dict[fx.Node, fx.Node] = {}
+        self.viewed: dict[fx.Node, fx.Node] = {}
         self.position: dict[fx.Node, int] = {}
         self.last_read: dict[fx.Node, int] = {}
         self.bodies: dict[fx.Node, fx.Node | None] = {}
@@ -87,15 +92,15 @@ class _Memory:
                 first = node.all_input_nodes[0]
                 if _writes(node):
                     self.same[node] = self.identity(first)
-                if _writes(node) or _returns_alias(node):
-                    self.root[node] = self.memory_of(first)
+                if _writes(node) or _returns_alias(node, first):
+                    self.root[node], self.viewed[node] = self.memory_of(first), first
             elif node.target is operator.getitem:
                 source, index = node.args
                 result = self.results[source][index] if source in self.results else None
                 if isinstance(result, fx.Node):
                     self.same[node], self.root[node] = self.identity(result), self.memory_of(result)
                 elif source in self.root:
-                    self.root[node] = self.root[source]
+                    self.root[node], self.viewed[node] = self.root[source], source
 
     def _read_region(self, node: fx.Node, owner: Any, body: fx.Node | None) -> None:
         place = _REGIONS[str(node.target)]
@@ -125,12 +130,12 @@ def _writes(node: fx.Node) -> bool:
     return any(argument.alias_info is not None and argument.alias_info.is_write for argument in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
-def _returns_alias(node: fx.Node) -> bool:
-    """Whether the result may share its first operand's memory. Dropout that drops nothing returns its very operand."""
+def _returns_alias(node: fx.Node, first: fx.Node) -> bool:
+    """Whether the result shares its first operand's memory. Dropout that drops nothing returns its very operand."""
     if "dropout" in str(node.target):
         bound = {**dict(zip(("input", "p", "train"), node.args, strict=False)), **node.kwargs}
         return not (bound.get("train") and bound.get("p"))
-    return any(result.alias_info is not None for result in node.target._schema.returns)  # type: ignore[union-attr]
+    return any(result.alias_info is not None for result in node.target._schema.returns) and shares_memory(node, first)  # type: ignore[union-attr]
 
 
 class _Writer:
@@ -143,6 +148,8 @@ class _Writer:
         self.weights: dict[tuple, fx.Node] = {}  # parameter, dtype, stretch -> the parameter in that dtype
         self.stretch = 0  # number of autocast regions entered so far; export cuts one where no_grad begins and ends inside it
         self.memory = _Memory()
+        self.writes: dict[fx.Node, int] = {}  # traced root -> how often views of it were written through to it
+        self.made: dict[fx.Node, int] = {}  # traced view, by its identity -> the same number when its value was made
         self.placeholders: dict[fx.Node, fx.Node] = {}  # traced -> new
         self.updates: dict[fx.Node, fx.Node] = {}  # traced buffer -> its new value
 
@@ -169,7 +176,31 @@ class _Writer:
         return fx.map_arg(value, self._now)
 
     def _now(self, node: fx.Node) -> Any:
-        return self.detached[node] if node in self.detached else self.env[self.memory.identity(node)]
+        if node in self.detached:
+            return self.detached[node]
+        own = self.memory.identity(node)
+        if self.made.get(own, 0) < self.writes.get(self.memory.memory_of(own), 0):
+            self._make_anew(own)
+        return self.env[own]
+
+    def _make_anew(self, view: fx.Node) -> None:
+        """The value of a view after the memory that it shows was written."""
+        memory, root = self.memory, self.memory.memory_of(view)
+        self.made[view] = self.writes[root]
+        if view is root:
+            return
+        if memory.bodies[view] is not memory.bodies[root] and facts(self._now(root)).needs_grad:
+            raise TraceError(
+                f"{view.name} views, without gradient, memory with a gradient that is written later; copy it there, at {facts(view).source}"
+            )
+        if view.target is operator.getitem:
+            self._project(view)
+        else:
+            self._copy_op(view)
+
+    def _set(self, node: fx.Node, value: Any) -> None:
+        self.env[node] = value
+        self.made[node] = self.writes.get(self.memory.memory_of(node), 0)
 
     def _copy_op(self, node: fx.Node) -> None:
         target = node.target
@@ -181,11 +212,11 @@ class _Writer:
             return
         source = args[0] if args else None
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
-            self.env[node] = source
+            self._set(node, source)
             return
         args = tuple(self._cast(node, operand) for operand in args) if str(target) in _CAST_INSIDE else args
         reshapes = target is aten.view.default  # a view's strides are those of the traced device and mode
-        self.env[node] = self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node))
+        self._set(node, self._call(aten.reshape.default if reshapes else target, args, kwargs, facts(node)))
 
     def _cast(self, node: fx.Node, operand: Any) -> Any:
         """A float32 parameter in the dtype that autocast computes in; once per region, as torch's cache does."""
@@ -203,7 +234,7 @@ class _Writer:
         return self._call(aten.detach.default, (self.weights[key],), {}, cast) if is_detached else self.weights[key]
 
     def _make_functional(self, node: fx.Node, args: tuple, kwargs: dict) -> None:
-        """Give the tensor that an in-place op writes its new value; refuse where some view would have to change with it."""
+        """Give the tensor that an in-place op writes its new value, and the tensor that it is a view of."""
         memory, written = self.memory, self.memory.identity(node)
         root = memory.memory_of(node)
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname  # type: ignore[union-attr]
@@ -214,28 +245,55 @@ class _Writer:
         reader = memory.read_after(node)
         role = facts(root).role if root.op == "placeholder" else "op"
         region = memory.bodies[node]
-        is_copy = name == "copy_" and isinstance(args[1], fx.Node) and facts(args[1]).value.shape == facts(args[0]).value.shape
-        is_copy = is_copy and facts(args[1]).value.dtype == facts(args[0]).value.dtype
+        is_elsewhere = [region is not None and memory.bodies[place] is not region for place in (written, root)]
+        loses = is_elsewhere[0] and facts(self.env[written]).needs_grad
+        loses |= reader is not None and is_elsewhere[1] and facts(self.env[root]).needs_grad
         what = ""
-        if reader is not None:
-            what = f"{node.target} writes into memory that {reader.name} reads later"
-        elif role == "parameter" or (role == "input" and memory.bodies[root] is None):
+        if role == "parameter" or (role == "input" and memory.bodies[root] is None):
             what = f"{node.target} writes into the {'parameter' if role == 'parameter' else 'argument'} {facts(root).name}"
-        elif role == "buffer" and written is not root:
-            what = f"{node.target} writes into a part of the buffer {facts(root).name}"
-        elif region is not None and memory.bodies[written] is not region and facts(self.env[written]).needs_grad:
+        elif loses:
             what = f"{node.target} changes, without gradient, a value that has one"
-        elif (functional is None or name == "copy_") and not is_copy:
+        elif functional is None:
             what = f"{node.target} has no functional form"
         if what:
             raise TraceError(f"{what}, at {facts(node).source}; write the model without this in-place op")
-        self.env[written] = args[1] if is_copy else self._call(functional, args, kwargs, facts(node))
+        self._set(written, self._copied(node, *args[:2]) if name == "copy_" else self._call(functional, args, kwargs, facts(node)))
         dtypes = {facts(operand).value.dtype for operand in node.all_input_nodes}
-        if not is_copy and len(dtypes) > 1:  # in place the result keeps its dtype, out of place it may be promoted
-            dtype = facts(node).value.dtype
-            self.env[written] = self._call(aten.to.dtype, (self.env[written], dtype), {}, facts(node))
+        if name != "copy_" and not name.startswith(_KEEPS_DTYPE) and len(dtypes) > 1:
+            dtype = facts(node).value.dtype  # in place the result keeps its dtype, out of place it may be promoted
+            self._set(written, self._call(aten.to.dtype, (self.env[written], dtype), {}, facts(node)))
+        if reader is not None or role == "buffer":
+            self._write_through(node, written, root, reader)
         if role == "buffer":
-            self.updates[root] = self.env[written]
+            self.updates[root] = self.env[root]
+
+    def _copied(self, node: fx.Node, target: fx.Node, source: fx.Node) -> fx.Node:
+        """What copy_ leaves in its first operand: the second one in its dtype and shape."""
+        old, wanted, given = facts(node), facts(target).value, facts(source).value
+        if given.dtype != wanted.dtype:
+            values = (TensorInfo(given.shape, wanted.dtype),)
+            source = self._call(aten.to.dtype, (source, wanted.dtype), {}, replace(old, values=values))
+        return source if given.shape == wanted.shape else self._call(aten.expand.default, (source, list(wanted.shape)), {}, old)
+
+    def _write_through(self, node: fx.Node, written: fx.Node, root: fx.Node, reader: fx.Node | None) -> None:
+        """Bring the new value of a view to the tensor that has the memory; other views of it are stale from now on."""
+
+        def make(target: Any, args: tuple, info: TensorInfo) -> fx.Node:
+            return self._call(target, args, {}, replace(facts(node), values=(info,)))
+
+        chain, view, value = [written], written, self.env[written]
+        while view is not root:
+            base = self.memory.viewed[view]
+            whole = self.memory.viewed[base] if view.target is operator.getitem else base  # pieces stand for the whole
+            new = write_back(view, self._now(whole), value, make)
+            if new is None:
+                where = f"memory that {reader.name} reads later" if reader else f"a part of the buffer {facts(root).name}"
+                raise TraceError(f"{node.target} writes into {where}, at {facts(node).source}; write the model without this in-place op")
+            view, value = self.memory.identity(whole), new
+            self.env[view] = value
+            chain.append(view)
+        self.writes[root] = self.writes.get(root, 0) + 1
+        self.made |= dict.fromkeys(chain, self.writes[root])
 
     def _inline(self, node: fx.Node) -> None:
         if str(node.target) not in _REGIONS:
@@ -278,7 +336,7 @@ class _Writer:
             return
         value = facts(source).values[index]  # type: ignore[index]
         known = Facts("projection", (value,), source=facts(source).source, recompute=facts(source).recompute)
-        self.env[node] = self._create("call_function", operator.getitem, (source, index), {}, known)
+        self._set(node, self._create("call_function", operator.getitem, (source, index), {}, known))
 
     def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
         if str(target) in SHAPE_ALONE and facts(producer(args[0])[0]).needs_grad:
