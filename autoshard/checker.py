@@ -178,7 +178,8 @@ def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | No
         return
     axes = lowered_axes(rule, factors, program.mesh.axes)
     given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
-    if given != axes or (bool(axes) != (known.op is not None)):
+    is_own = known.op is None and rule.lowering is not None and node.target is getattr(runtime, rule.lowering.function)
+    if given != axes or (bool(axes) != (known.op is not None) and not is_own):
         yield f"is lowered for axes {given}, its layouts ask {axes}"
     elif axes and node.target is not getattr(runtime, rule.lowering.function):  # type: ignore[union-attr]
         yield f"calls {node.target}, its lowering is {rule.lowering.function}"  # type: ignore[union-attr]

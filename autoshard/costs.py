@@ -63,12 +63,12 @@ class CostModel:
     ) -> float:
         """Seconds of one op, forward and backward. `values`, `layouts`: its inputs and outputs; `split`: ranks sharing the work."""
         hardware = self.hardware
-        if name.startswith("aten.") and name[5:].startswith(_IS_VIEW):
+        if name.startswith("aten.") and name[5:].startswith(_IS_VIEW) and "_scatter" not in name:
             return 0.0
         moved = sum(self.local_bytes(value, layout) for value, layout in zip(values, layouts, strict=True))
         flops = 0.0
         if rule is not None and equation is not None and rule.bound == "matmul":
-            flops = 2.0 * rule.products(equation.sizes) / split
+            flops = 2.0 * rule.products(equation.sizes, values) / split
         once = max(flops / (hardware.flops_per_s * hardware.efficiency), moved / hardware.memory_bytes_per_s) + hardware.kernel_latency_s
         gradients = (
             sum(value.needs_grad for value in values[: len(equation.inputs)]) if equation is not None else sum(v.needs_grad for v in values)

@@ -125,7 +125,7 @@ def check_node(kind: str, target: Any, kwargs: Mapping[str, Any], known: Facts, 
     if known.role != "op":
         require(expected[known.role], f"a {known.role} calls {name}")
     elif known.op is None:
-        require(is_op and not writes, f"an op calls {name}")
+        require(not writes if is_op else name in RULES, f"an op calls {name}")
     else:
         lowering = getattr(RULES.get(str(known.op)), "lowering", None)
         require(lowering is not None and name == lowering.function and not is_op, f"{known.op} is lowered to {name}")

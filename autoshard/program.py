@@ -196,7 +196,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an op node by schema name, defaults filled in; positional names arg0, arg1, ... where there is no schema."""
     schema = getattr(op_of(node), "_schema", None)
     if schema is None:
-        return {**{f"arg{k}": value for k, value in enumerate(node.args)}, **node.kwargs}
+        given = {name: value for name, value in node.kwargs.items() if not name.endswith("_axes")}
+        return {**{f"arg{k}": value for k, value in enumerate(node.args)}, **given}
     bound: dict[str, Any] = {}
     for k, argument in enumerate(schema.arguments):
         if argument.name in node.kwargs:

@@ -117,6 +117,15 @@ class SimulatedAxis:
                 result[rank] = top
         return Ranks(result)
 
+    def exchange(self, x: Ranks, sent: Ranks, received: Ranks) -> Ranks:
+        """Rows of x to the ranks of the axis, sent[k] of them to the k-th."""
+        pieces = [value.split(counts.tolist()) for value, counts in zip(x.values, sent.values, strict=True)]
+        result = list(x.values)
+        for group in self.groups():
+            for k, rank in enumerate(group):
+                result[rank] = torch.cat([pieces[other][k] for other in group])
+        return Ranks(result)
+
     def run(self, collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         result = list(values)
         for group in self.groups():

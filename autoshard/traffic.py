@@ -49,6 +49,12 @@ class MeteredAxis:
             result.requires_grad_()
         return result
 
+    def exchange(self, x: torch.Tensor, sent: torch.Tensor, received: torch.Tensor) -> torch.Tensor:
+        """As many rows come as go: what is sent depends on values, and is priced as if it were balanced."""
+        whole = x.numel() * x.element_size() * self.size
+        self.sent += [(self.name, "all_to_all", whole)] * (2 if x.requires_grad else 1)
+        return x
+
     def maximum(self, x: torch.Tensor) -> torch.Tensor:
         self.sent.append((self.name, "all_reduce", x.numel() * x.element_size()))
         return x.detach()
@@ -120,8 +126,8 @@ def traffic(program: Program, costs: CostModel) -> dict[str, float]:
 
 def sent_inside(program: Program, node: fx.Node) -> list[Sent]:
     """What a lowered op sends: axis, collective, bytes that the axis holds together; nothing for other ops."""
-    if facts(node).op is None:
-        return []
     axes = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    if not axes:
+        return []
     layouts = [facts(operand).layout for operand in tensor_operands(node)]
     return meter(node.target.__name__, call_of(node), layouts, axes, program.mesh)  # type: ignore[union-attr,arg-type]

@@ -67,5 +67,6 @@ def _lower(program: Program, node: fx.Node, rule: Rule) -> None:
     axes = lowered_axes(rule, [strategy.factor for strategy in facts(node).strategies], program.mesh.axes)
     if axes and rule.lowering is not None:
         node.kwargs = {**node.kwargs, **axes}
-        facts(node).op = node.target  # type: ignore[assignment]
-        node.target = getattr(runtime, rule.lowering.function)
+        lowering = getattr(runtime, rule.lowering.function)
+        if node.target is not lowering:  # what passes recognise calls its lowering from the start
+            facts(node).op, node.target = node.target, lowering  # type: ignore[assignment]

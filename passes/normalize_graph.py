@@ -3,7 +3,7 @@
 No-grad regions are inlined and their results detached; autocast regions are inlined, and each op remembers in which it
 runs. A weight that such an op casts is cast by a node of its own, so that it can be gathered after the cast. In-place ops
 become functional ones: what they write goes back through the views to the tensor that has the memory, and other views of it
-are made anew where they are read. What a model writes into its buffers becomes an update at the end.
+are made anew where they are read. What a model writes into its buffers becomes an update at the end. A mixture of experts becomes one op.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import fx
 from autoshard.autocast import inside
 from autoshard.conversions import BY_NAME
 from autoshard.errors import TraceError
+from autoshard.expert_regions import fuse_experts, report_experts
 from autoshard.ops import lowerings
 from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo, is_differentiable
@@ -59,7 +60,9 @@ class NormalizeGraph:
         for node in program.graph.nodes:
             writer.copy(node)
         program.graph = writer.graph
+        fuse_experts(program)
         _drop_dead(program)
+        report_experts(program)
         return program
 
 
@@ -373,5 +376,7 @@ def _drop_dead(program: Program) -> None:
     for node in reversed(list(program.graph.nodes)):
         role = facts(node).role
         is_alias = role == "parameter" and facts(node).name in program.aliases
-        if not node.users and (is_alias or role in ("projection", "buffer") or (role == "op" and not (writes_statistics(node) or draws_random(node)))):
+        if not node.users and (
+            is_alias or role in ("projection", "buffer") or (role == "op" and not (writes_statistics(node) or draws_random(node)))
+        ):
             program.graph.erase_node(node)

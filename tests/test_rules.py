@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from uses import USES
 from uses.arguments import Use, ints, x
 from uses.random import DRAWN
 
+from autoshard import runtime
 from autoshard.candidates import CandidateTable
 from autoshard.costs import CostModel
 from autoshard.errors import RuleError
@@ -29,9 +31,12 @@ from autoshard.testing import OpCase, UnsoundRuleError, check_rule
 aten = torch.ops.aten
 
 
-def overload(name: str) -> torch._ops.OpOverload:
-    _, base, variant = name.split(".")
-    return getattr(getattr(aten, base), variant)
+def overload(name: str) -> Any:
+    """An op, or what passes put in the place of several: a function of the runtime."""
+    if "." not in name:
+        return getattr(runtime, name)
+    namespace, base, variant = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), base), variant)
 
 
 CASES = [pytest.param(name, row, id=f"{name.removeprefix('aten.')}-{k}") for name, rows in USES.items() for k, row in enumerate(rows)]

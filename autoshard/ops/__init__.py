@@ -1,9 +1,22 @@
 """The op table: one file per family of ops holds its rows and the builders that write their equations."""
 
-from autoshard.ops import attention, contraction, convolution, indexing, loss, normalization, pointwise, random, recurrent, reduction, shape
+from autoshard.ops import (
+    attention,
+    contraction,
+    convolution,
+    experts,
+    indexing,
+    loss,
+    normalization,
+    pointwise,
+    random,
+    recurrent,
+    reduction,
+    shape,
+)
 from autoshard.ops.row import Rule
 
-FAMILIES = (pointwise, random, contraction, convolution, recurrent, attention, indexing, normalization, reduction, loss, shape)
+FAMILIES = (pointwise, random, contraction, convolution, recurrent, attention, indexing, experts, normalization, reduction, loss, shape)
 RULES: dict[str, Rule] = {op: rule for family in FAMILIES for op, rule in family.ROWS.items()}
 
 

@@ -38,7 +38,7 @@ def _grouped_mask(shape: Sequence[int], query: str) -> str:
     return f"{heads}{query} [m]"
 
 
-def products(sizes: Mapping[str, int]) -> int:
+def products(sizes: Mapping[str, int], values: Sequence[TensorInfo]) -> int:
     """Multiplications: of queries with keys, and of probabilities with values."""
     return math.prod(size for name, size in sizes.items() if name not in "dem") * (sizes["d"] + sizes["e"])
 

@@ -75,7 +75,8 @@ class Rule:
     is_random: Callable[[Call], bool] = lambda call: False
     undrawn: frozenset[str] = frozenset()  # factors that the random numbers do not depend on
     bound: Literal["matmul", "memory"] = "memory"
-    products: Callable[[Mapping[str, int]], int] = lambda sizes: math.prod(sizes.values())  # multiplications, where matmul bound
+    # multiplications of a call that is matmul bound, from the sizes of its factors and its operands and results
+    products: Callable[[Mapping[str, int], Sequence[TensorInfo]], float] = lambda sizes, values: math.prod(sizes.values())
 
     def bind(self, call: Call) -> Equation:
         """The equation bound to the shapes of `call`. Raises RuleError when it does not fit."""

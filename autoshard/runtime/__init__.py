@@ -13,6 +13,7 @@ from .axes import position as position
 from .axes import run as run
 from .conversions import *  # noqa: F403
 from .convolution import *  # noqa: F403
+from .expert_dispatch import *  # noqa: F403
 from .indexing import *  # noqa: F403
 from .loss import *  # noqa: F403
 from .normalization import *  # noqa: F403

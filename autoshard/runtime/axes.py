@@ -41,6 +41,13 @@ class Axis(NamedTuple):
         """`function.apply(*args)`, for a function that communicates on its own; it has one result."""
         return function.apply(*args)
 
+    def exchange(self, x: Tensor, sent: Tensor, received: Tensor) -> Tensor:
+        """Rows of x to the ranks of the axis, sent[k] of them to the k-th, received[k] from it; gradients go back the same way."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            rows = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received.tolist(), sent.tolist(), self.group)
+            return wait(rows)
+        return _Exchange.apply(x, self, sent, received)
+
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over the axis; no gradient."""
         return x.detach() if self.size == 1 else wait(torch.ops._c10d_functional.all_reduce(x.detach().contiguous(), "max", self.group))
@@ -56,6 +63,17 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, sent: Tensor, received: Tensor) -> Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return axis.exchange(x, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.exchange(grad, ctx.received, ctx.sent), None, None, None
 
 
 def cut(x: Tensor, dim: int, segments: Sequence[int], parts: int) -> list[Tensor]:
