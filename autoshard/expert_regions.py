@@ -37,7 +37,7 @@ def fuse_experts(program: Program) -> None:
         source = facts(node).source
         name = f"{source.module.replace('.', '_')}_experts_".lstrip("_")
         with program.graph.inserting_before(node):
-            fused = program.graph.create_node("call_function", runtime.experts, operands, {"activation": activation}, name=name)  # type: ignore[attr-defined]
+            fused = program.graph.create_node("call_function", runtime.experts, operands, {"activation": activation}, name=name)
         set_facts(fused, Facts("op", facts(node).values, source=source))
         node.replace_all_uses_with(fused)
 
@@ -65,7 +65,7 @@ def _of(value: Any, *names: str) -> dict[str, Any]:
 
 def _piece(value: Any, number: int) -> fx.Node:
     """The op of which `value` is result `number`."""
-    _need(isinstance(value, fx.Node) and value.target is operator.getitem and value.args[1] == number)
+    _need(isinstance(value, fx.Node) and value.target is operator.getitem and bool(value.args[1] == number))
     return value.args[0]
 
 

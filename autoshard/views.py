@@ -69,9 +69,10 @@ def _write_piece(view: fx.Node, base: fx.Node, value: fx.Node, make: Make) -> fx
     source, number = view.args
     assert isinstance(source, fx.Node)
     dim, info = arguments(source).get("dim", 0), facts(base).value
+    assert isinstance(number, int)
     if op_name(source) == "aten.unbind.int":
         return make(aten.select_scatter.default, (base, value, dim, number), info)
     if op_name(source) not in _SPLITS:
         return None
-    lengths = [part.shape[dim] for part in facts(source).values[: number + 1]]  # type: ignore[operator]
+    lengths = [part.shape[dim] for part in facts(source).values[: number + 1]]
     return make(aten.slice_scatter.default, (base, value, dim, sum(lengths[:-1]), sum(lengths)), info)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,6 +154,6 @@ def _grouped_part(x: Tensor, weight: Tensor, ends: Tensor, place: Any, out_dtype
     bounds = [0, *ends.tolist()]
     first = int(place) * count
     cuts = bounds[first : first + count + 1]
-    pieces = x[cuts[0] : cuts[-1]].split([b - a for a, b in zip(cuts, cuts[1:], strict=False)])
+    pieces = x[cuts[0] : cuts[-1]].split([b - a for a, b in pairwise(cuts)])
     found = torch.cat([piece @ w for piece, w in zip(pieces, weight.unbind(0), strict=True)])
     return F.pad(found, (0, 0, cuts[0], x.shape[0] - cuts[-1])).to(out_dtype or x.dtype)

@@ -7,6 +7,7 @@ they go to a slot behind the local piece, which is cut off again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -86,20 +87,16 @@ def index(
 
 def _indices(x: Tensor, indices: Sequence[Tensor | None], axes: Sequence[Sequence[Axis]]) -> tuple[list[int], list, Tensor]:
     """Indexed dims, indices into the local piece, and where all of them lie here."""
-    places = [k for k, index in enumerate(indices) if index is not None]
+    given = {k: index for k, index in enumerate(indices) if index is not None}
     local: list[Tensor | None] = list(indices)
-    everywhere: list[Tensor] = []
-    for k, group in zip(places, axes, strict=False):
+    total: Tensor | None = None
+    for k, group in zip_longest(given, axes[: len(given)], fillvalue=()):
+        here = torch.ones_like(given[k], dtype=torch.bool)
         if group:
-            local[k], here = _local(indices[k], x.shape[k], group, True)  # type: ignore[arg-type]
-            everywhere.append(here)
-        else:
-            everywhere.append(torch.ones_like(indices[k], dtype=torch.bool))
-    everywhere += [torch.ones_like(indices[k], dtype=torch.bool) for k in places[len(axes) :]]
-    total = everywhere[0]
-    for here in everywhere[1:]:
-        total = total & here
-    return places, local, total
+            local[k], here = _local(given[k], x.shape[k], group, True)
+        total = here if total is None else total & here
+    assert total is not None
+    return list(given), local, total
 
 
 def index_put(
