@@ -7,7 +7,7 @@ they go to a slot behind the local piece, which is cut off again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def _indices(x: Tensor, indices: Sequence[Tensor | None], axes: Sequence[Sequenc
     given = {k: index for k, index in enumerate(indices) if index is not None}
     local: list[Tensor | None] = list(indices)
     total: Tensor | None = None
-    for k, group in zip_longest(given, axes[: len(given)], fillvalue=()):
+    for k, group in zip(given, chain(axes, repeat(())), strict=False):
         here = torch.ones_like(given[k], dtype=torch.bool)
         if group:
             local[k], here = _local(given[k], x.shape[k], group, True)
