@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ import autoshard
 from autoshard.ops import RULES
 from autoshard.ops.row import Call
 from autoshard.program import Program, facts
+from autoshard.runtime import expert_dispatch
 from autoshard.traffic import sent_inside
 
 _SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1, "vocab_size": 32}
@@ -263,3 +265,27 @@ def test_two_processes_exchange_tokens() -> None:
     for rank in run_on_ranks(2, train, ["mixtral", "qwen3_moe"]):
         assert [factors for factors, _ in rank] == [("t&e",)] * 2
         assert max(far for _, far in rank) <= 1e-5
+
+
+def test_plan_of_a_mixture_is_saved_and_loaded(tmp_path: Path) -> None:
+    allow_only("t&e")
+    torch.manual_seed(0)
+    model, given = FAMILIES["mixtral"]().double(), {"input_ids": tokens(), "labels": tokens(1)}
+    autoshard.plan(model, "ep=2", (), given, hardware=SLOW).save(tmp_path / "plan.json")
+    loaded = autoshard.Plan.load(tmp_path / "plan.json")
+    assert mixtures(loaded.program) == [("t&e",)]
+    assert autoshard.verify(model, loaded, (), given).is_equal
+
+
+def test_grouped_products_in_bfloat16() -> None:
+    """torch's own kernel, forward and backward, with an expert that gets no row."""
+    torch.manual_seed(0)
+    ends, results = torch.tensor([3, 3, 10]), []
+    x, weight, seed = torch.randn(10, 16), torch.randn(3, 24, 16), torch.randn(10, 24).bfloat16()
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
+        y = expert_dispatch._grouped(*leaves, ends)
+        (y * seed.to(dtype)).sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for low, high in zip(*results, strict=True):
+        torch.testing.assert_close(low.double(), high, rtol=2e-2, atol=5e-2)
