@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_lowerings import MESH, ints, run, wire, x  # noqa: F401
+from test_lowerings import MESH, ints, run, x
 from torch import nn
 
 import autoshard
@@ -35,7 +35,7 @@ AXES = (SimulatedAxis(MESH, "a"), SimulatedAxis(MESH, "b"))
         (aten.one_hot.default, (torch.arange(12), 12), ("c", "c"), (S(1), S(1))),
     ],
 )
-def test_nothing_is_sent(op: torch._ops.OpOverload, args: tuple, factors: tuple[str, str], layout: tuple, wire: list) -> None:  # noqa: F811
+def test_nothing_is_sent(op: torch._ops.OpOverload, args: tuple, factors: tuple[str, str], layout: tuple, wire: list) -> None:
     case = OpCase(op, args, {}, MESH)
     assert run(case, *factors)[1] == layout
     assert wire == []
