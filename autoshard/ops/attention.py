@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autoshard.ops.row import Call, Lowering, Rule, rows
+from autoshard.ops.row import Call, Lowering, Rule, TensorInfo, rows
 
 
 def attention(call: Call) -> str:
