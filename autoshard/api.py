@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoshard.constraints import Template
+from autoshard.dynamic_dims import Dynamic, marks_of, without_short
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
@@ -52,6 +53,7 @@ def _settings(
     options: Options | None,
     inputs: Inputs,
     outputs: Outputs,
+    dynamic: Dynamic,
 ) -> Settings:
     choices = {"template": (template, get_args(Template)), "inputs": (inputs, get_args(Inputs)), "outputs": (outputs, get_args(Outputs))}
     for name, (given, known) in choices.items():
@@ -70,6 +72,7 @@ def _settings(
         extra.seed,
         extra.dump_dir,
         extra.randomness,
+        dynamic,
     )
 
 
@@ -86,6 +89,7 @@ def compile(
     options: Options | None = None,
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
+    dynamic: Dynamic = None,
 ) -> ShardedModule:
     """Partition `model` over the processes of `mesh`.
 
@@ -97,12 +101,15 @@ def compile(
     autoshard.constraints. hardware: a preset's name or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
     inputs: "global": plain tensors are the whole batch, the same on every rank; "local": each rank of axis `dp` (of the
     first axis, if there is no `dp`) passes its own part. outputs: "whole" results on every rank, or "dtensor".
+    dynamic: dims of arguments whose sizes may change from call to call under one plan: `"batch"` for dim 0 of every tensor,
+    `{"ids": {0: "batch", 1: "seq"}, "labels": "batch"}` by argument, a torch.export.Dim in place of a name for a range; the
+    same name is the same size. Other shapes are traced and planned anew.
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
     _check_call(model, example_inputs)
     settings = _settings(
-        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs
+        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic
     )
     if not isinstance(mesh, DeviceMesh):
         raise InputError(
@@ -127,6 +134,7 @@ def plan(
     options: Options | None = None,
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
+    dynamic: Dynamic = None,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on a mesh without any process, GPU or weight; keywords as in compile.
 
@@ -135,10 +143,13 @@ def plan(
     _check_call(model, args)
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
-    settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs)
+    settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic)
+    marks = marks_of(model, dynamic, args, kwargs or {})
+    if without_short(marks, pytree.tree_leaves((tuple(args), dict(kwargs or {})))) != marks:
+        raise InputError("a dynamic size is 0 or 1 in the example, where torch computes differently; use an example of 2 or more")
     tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
     layouts = tuple(entry_layout(tensor, spec, inputs) for tensor in tensors)
-    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts))
+    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, dynamic=marks))
 
 
 def simulate(

@@ -14,7 +14,7 @@ from autoshard.equations import Equation, Strategy, base, divides, strategies
 from autoshard.errors import RuleError
 from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.placements import I, Layout, Placement, R, S, local_shape
-from autoshard.program import Program, call_of, facts, op_name
+from autoshard.program import Program, call_at, call_of, facts, is_sized, strange_sizes
 from autoshard.rules import rule_of
 from autoshard.traffic import meter, seconds_inside
 
@@ -48,10 +48,18 @@ class CandidateTable:
     def of_op(self, node: fx.Node) -> list[Candidate]:
         """Candidates of an op node; only whole ones when it has no rule."""
         call = call_of(node)
-        key = (call.op, call.inputs, call.outputs, str(sorted(call.arguments.items(), key=lambda item: item[0])))
+        text = str(sorted(call.arguments.items(), key=lambda item: item[0]))  # a size that may change reads as its expression
+        key = (call.op, call.inputs, call.outputs, text, str([info.shape for info in (*call.inputs, *call.outputs)]))
         if key not in self._known:
-            self._known[key] = self._make(call, *bound_rule(node))
+            found = self._make(call, *bound_rule(node))
+            self._known[key] = self._that_hold(call, found) if is_sized(node) else found
         return self._known[key]
+
+    def _that_hold(self, call: Call, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that are sound at other sizes than the example's too, not because lengths happen to be equal there."""
+        other = call_at(call, strange_sizes(self.program))
+        layouts = {(found.inputs, found.outputs) for found in self._make(other, *bind_rule(other))}
+        return [candidate for candidate in candidates if (candidate.inputs, candidate.outputs) in layouts]
 
     def of_parameter(self, value: TensorInfo) -> list[Candidate]:
         """Layouts a parameter may rest in: whole or split, whose gradients lie as the parameter does."""
@@ -117,11 +125,16 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
 
 def bound_rule(node: fx.Node) -> tuple[Rule | None, Equation | None]:
     """The row of an op and its equation; (None, None) without a row, or where the row does not fit the call."""
-    rule = rule_of(op_name(node))
-    if rule is None or facts(node).is_drawn_whole:
+    return (None, None) if facts(node).is_drawn_whole else bind_rule(call_of(node))
+
+
+def bind_rule(call: Call) -> tuple[Rule | None, Equation | None]:
+    """bound_rule of a call."""
+    rule = rule_of(call.op)
+    if rule is None:
         return None, None
     try:
-        return rule, rule.bind(call_of(node))
+        return rule, rule.bind(call)
     except RuleError:
         return None, None
 

@@ -162,8 +162,9 @@ def bind(text: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[
             where = f"an output has length 1 along {lost[0]!r}"
             raise RuleError(f"rule {text!r} does not fit shapes {shapes}: {where}; write 1 there if it is reduced")
         bound.append(Operand(kept, joined, mark == "+", mark == "~"))
+    plain = {name: int(size) for name, size in found.items()}  # placements hold no sizes that may change
     return Equation(
-        tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), found, frozenset(whole), tuple(sorted(groups)), template.linked
+        tuple(bound[: len(inputs)]), tuple(bound[len(inputs) :]), plain, frozenset(whole), tuple(sorted(groups)), template.linked
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from autoshard import autocast, runtime
 from autoshard.dtensors import torch_placements
 from autoshard.plan import Plan
-from autoshard.program import Facts, facts
+from autoshard.program import Facts, facts, info_at
 from autoshard.torch_internals import local_of, pytree
 
 
@@ -30,12 +30,13 @@ class LoadedProgram:
         self.takes = [k for k, name in enumerate(plan.program.flat_inputs) if name is not None]
         self.as_dtensors = plan.outputs == "dtensor"
         self.is_checked = False
+        self.sizes: dict[tuple, dict[str, int]] = {}  # shapes of arguments -> the sizes that may change, once found sound
         self.watched = [name for name in _constant_buffers(plan) if name not in plan.program.constants]
         self.seen: list[tuple[int, int]] = []
         self.slots = slots
         self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
 
-    def __call__(self, leaves: list[Any], mesh: DeviceMesh) -> Any:
+    def __call__(self, leaves: list[Any], mesh: DeviceMesh, sizes: Mapping[str, int]) -> Any:
         if self.watched:
             self._watch()
         given = [leaves[k] for k in self.takes]
@@ -46,7 +47,7 @@ class LoadedProgram:
             results = self.program.forward(*map(local_of, given))
         if self.as_dtensors:
             results = [
-                self._distributed(x, known, mesh) if known and known.value.shape else x
+                self._distributed(x, known, mesh, sizes) if known and known.value.shape else x
                 for x, known in zip(results, self.results, strict=True)
             ]
         return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
@@ -60,8 +61,8 @@ class LoadedProgram:
             self.seen = now
 
     @staticmethod
-    def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh) -> DTensor:
-        shape = torch.Size(known.value.shape)
+    def _distributed(local: torch.Tensor, known: Facts, mesh: DeviceMesh, sizes: Mapping[str, int]) -> DTensor:
+        shape = torch.Size([int(size) for size in info_at(known.value, sizes).shape])
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, torch_placements(known.layout), run_check=False, shape=shape, stride=strides)
 

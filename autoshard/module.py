@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from autoshard import runtime
 from autoshard.agreement import agree, content, generators, sample
 from autoshard.autocast import ambient
+from autoshard.call_keys import described, family_of, leaf_key, may_be
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
+from autoshard.dynamic_dims import Marks, marks_of, without_short
 from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import MeshSpec
-from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.plan_file import digest
@@ -96,33 +97,71 @@ class ShardedModule(nn.Module):
         return self._state.plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, ready = self._ready(args, kwargs)
+        leaves, ready, sizes = self._ready(args, kwargs)
         if not ready.is_checked:
             self._check_inputs(leaves)
             ready.is_checked = True
         self._state.plan = ready.plan
         if ready.is_random:
             self._state.advance()
-        return ready(leaves, self._state.mesh)
+        return ready(leaves, self._state.mesh, sizes)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for arguments like these, without running; parameters move to where the plan wants them."""
-        _, ready = self._ready(args, kwargs)
+        _, ready, _ = self._ready(args, kwargs)
         self._state.plan = ready.plan
         return ready.plan
 
-    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], LoadedProgram]:
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], LoadedProgram, Mapping[str, int]]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         state = self._state
         if not state.slots:
             state.members, state.slots = tuple(self.modules()), _slots(self)
         modes = tuple([module.training for module in state.members])
         trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
-        key = (str(spec), tuple([_leaf_key(leaf) for leaf in leaves]), modes, trained, ambient())
+        keys = tuple([leaf_key(leaf) for leaf in leaves])
+        marks: Marks = ()
+        if state.settings.dynamic is not None:
+            if (str(spec), keys) not in state.marks:
+                state.marks[str(spec), keys] = self._marks(args, kwargs, leaves)
+            marks = state.marks[str(spec), keys]
+        key = (str(spec), family_of(keys, marks), modes, trained, ambient())
         if key not in state.ready:
             with torch.inference_mode(False):  # what is made now serves training later
-                state.ready[key] = self._prepare(args, kwargs, leaves)
-        return leaves, state.ready[key]
+                state.ready[key] = self._prepare(args, kwargs, leaves, keys, marks)
+        ready = state.ready[key]
+        if marks and keys not in ready.sizes:
+            self._admit(ready, leaves, keys)
+        return leaves, ready, ready.sizes[keys] if marks else {}
+
+    @torch.compiler.disable
+    def _marks(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Marks:
+        """Dims of this call whose sizes may change; those of length 0 and 1 are planned for as they are."""
+        try:
+            examples = [self._global_example(leaf) for leaf in leaves]
+            args, kwargs = pytree.tree_unflatten(examples, pytree.tree_structure((args, kwargs)))
+            marks = without_short(marks_of(self._state.source, self._state.settings.dynamic, args, kwargs), examples)
+        except Exception as error:  # told to the ranks that wait to agree on this call
+            self._agree({}, error)
+            raise
+        return marks if any(marks) else ()
+
+    @torch.compiler.disable
+    def _admit(self, ready: LoadedProgram, leaves: list[Any], key: tuple) -> None:
+        """Before the first step at new sizes: the plan holds there, and all ranks have the same."""
+        failure: Exception | None = None
+        sizes: dict[str, int] = {}
+        try:
+            sizes = ready.plan.sizes_of(self._shapes(ready.plan, leaves))
+        except Exception as error:  # whatever stops one rank must stop the others too
+            failure = error
+        self._agree({"shapes of arguments": str([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)])}, failure)
+        ready.sizes[key] = sizes
+
+    def _shapes(self, plan: Plan, leaves: list[Any]) -> dict[str, tuple[int, ...]]:
+        """Global shapes of arguments by input name."""
+        named = zip(plan.program.flat_inputs, leaves, strict=True)
+        return {name: tuple(self._global_example(leaf).shape) for name, leaf in named if name is not None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module.state_dict: DTensors that share memory with the parameters, and that torch.distributed.checkpoint understands."""
@@ -240,10 +279,11 @@ class ShardedModule(nn.Module):
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
 
     @torch.compiler.disable
-    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any]) -> LoadedProgram:
+    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any], key: tuple, marks: Marks) -> LoadedProgram:
         """Plan, agree with the other ranks that all run the same program, and load it."""
         state, plan = self._state, None
         failure: Exception | None = None
+        sizes: dict[str, int] = {}
         try:
             held = [name for name, parameter in self.named_parameters() if weakref.getweakrefcount(parameter)]
             if held and state.layouts is None:
@@ -255,7 +295,8 @@ class ShardedModule(nn.Module):
                 original.requires_grad_(parameter.requires_grad)
             for mine, theirs in zip(self.modules(), state.source.modules(), strict=True):
                 theirs.training = mine.training
-            plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves)
+            plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves, marks)
+            sizes = plan.sizes_of(self._shapes(plan, leaves))
         except Exception as error:  # whatever stops one rank must stop the others too
             failure = error
         shapes = str([tuple(leaf.shape) for leaf in leaves if isinstance(leaf, torch.Tensor)])
@@ -272,14 +313,16 @@ class ShardedModule(nn.Module):
         )
         assert plan is not None
         self._shard_parameters(plan)
-        return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
+        ready = LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
+        ready.sizes[key] = sizes
+        return ready
 
     def _values(self, plan: Plan) -> str:
         """Digest of parameters, buffers and constants, of some thousand numbers of each."""
         tensors = [*self.parameters(), *self.buffers(), *plan.program.constants.values()]
         return digest([sample(local_of(tensor)) for tensor in tensors if not tensor.is_meta])[:12]
 
-    def _plan(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Plan:
+    def _plan(self, args: tuple, kwargs: dict, leaves: list[Any], marks: Marks) -> Plan:
         state = self._state
         layouts = [self._entry(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         examples = [self._global_example(leaf) for leaf in leaves]
@@ -293,6 +336,7 @@ class ShardedModule(nn.Module):
             device=state.device.type,
             entry_layouts=tuple(layouts),
             fixed_parameters=state.layouts or {},
+            dynamic=marks,
         )
         return make_plan(request)
 
@@ -306,10 +350,12 @@ class ShardedModule(nn.Module):
         trained = {name: parameter.requires_grad for name, parameter in self.named_parameters(remove_duplicate=False)}
         if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
             return False
-        given = [(_described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        given = [(described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         inputs = {facts(node).name: facts(node) for node in program.nodes("input")}
         wanted = [(inputs[name].value, inputs[name].layout) for name in program.flat_inputs if name is not None]
-        return given == wanted
+        return len(given) == len(wanted) and all(
+            layout == other and may_be(value, info) for (info, layout), (value, other) in zip(given, wanted, strict=True)
+        )
 
     def _entry(self, leaf: torch.Tensor) -> Layout:
         if isinstance(leaf, DTensor):
@@ -373,6 +419,7 @@ class _State:
     spec: MeshSpec
     settings: Settings
     ready: dict[Any, LoadedProgram] = field(default_factory=dict)
+    marks: dict[Any, Marks] = field(default_factory=dict)
     adopted: list[Plan] = field(default_factory=list)
     plan: Plan | None = None
     layouts: dict[str, Layout] | None = None
@@ -443,16 +490,6 @@ def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
         raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
     if spec.size > dist.get_world_size():
         raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, DTensor):
-        return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad, str(leaf.placements))
-    return (tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, torch.Tensor) else ("value", repr(leaf))
-
-
-def _described(tensor: torch.Tensor) -> TensorInfo:
-    return TensorInfo(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
 
 def _slots(root: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -24,6 +24,7 @@ import torch
 from autoshard.errors import PlacementError
 from autoshard.mesh import MeshSpec
 from autoshard.runtime import cut, join
+from autoshard.symbolic import Size
 
 Kind = Literal["S", "P", "R", "I"]
 
@@ -126,8 +127,8 @@ def local_shape(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> t
             continue
         if placement.dim >= len(local) or local[placement.dim] % sizes[axis] or not local[placement.dim]:
             return None
-        if placement.segments and sum(placement.segments) != shape[placement.dim]:
-            return None
+        if placement.segments and (sum(placement.segments) != shape[placement.dim] or isinstance(shape[placement.dim], Size)):
+            return None  # segments are fixed lengths, which a size that may change does not consist of
         segments = local_segments(layout, axis, shape, sizes)
         if segments is None or any(size % sizes[axis] for size in segments):
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from autoshard.checker import check
 from autoshard.costs import CostModel
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
+from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, format_layout
@@ -38,6 +39,8 @@ _HERE = Path(__file__).parent
 @dataclass
 class Plan:
     """What `autoshard.plan` returns; `stats`, `source`, `table`, `graph` are for reading, `apply` for running.
+
+    Where dims were called dynamic, it serves all sizes of these at which `sizes_of` finds no fault.
 
     model_name: class of the model. inputs, outputs: how plain tensors are given and results come back
     (see autoshard.compile). template, constraints: what was asked.
@@ -160,6 +163,12 @@ class Plan:
         self.save(folder / "plan.json")
         return folder
 
+    def sizes_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """The sizes that may change, for arguments of global `shapes` by input name. Raises InputError where the plan does not hold."""
+        sizes = sizes_of(self.program, shapes)
+        check_sizes(self.program, sizes)
+        return sizes
+
     def check_model(self, model: nn.Module) -> None:
         """Raise PlanError unless `model` has the parameters and buffers that this plan was made for."""
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -188,7 +197,8 @@ class Plan:
             raise PlanError(f"this plan is for mesh {self.mesh}, not {given}; plan again for that mesh")
         self.check_model(model)
         asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
-        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), **asked)
+        dynamic = leaf_marks(self.program)
+        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, **asked)
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)
         return sharded

@@ -27,11 +27,12 @@ from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Placement, format_layout, parse_layout
-from autoshard.plan_schema import FUNCTIONS, check_body, check_facts, check_node, check_spec, require
+from autoshard.plan_schema import FUNCTIONS, check_body, check_facts, check_node, check_spec, check_symbols, require
 from autoshard.program import Facts, Program, Source, facts, set_facts
+from autoshard.symbolic import Real, Size, Symbol, evaluate, parse
 from autoshard.torch_internals import pytree
 
-VERSION = 1
+VERSION = 2
 _FACTORIES = {
     f"aten.{name}"
     for name in [
@@ -100,6 +101,7 @@ def _program(program: Program) -> dict[str, Any]:
         "passes": program.passes,
         "stats": program.stats,
         "constants": {name: _tensor(value) for name, value in program.constants.items()},
+        "symbols": [dataclasses.asdict(symbol) for symbol in program.symbols.values()],
         "nodes": [_node(node, program.mesh) for node in program.graph.nodes],
     }
 
@@ -118,18 +120,20 @@ def _read_program(body: dict[str, Any]) -> Program:
     program.flat_inputs, program.baked, program.aliases = tuple(body["flat_inputs"]), tuple(body["baked"]), dict(body["aliases"])
     program.notes, program.passes, program.stats = list(body["notes"]), list(body["passes"]), dict(body["stats"])
     program.constants = {name: _read_tensor(value) for name, value in body["constants"].items()}
+    check_symbols(body["symbols"], mesh)
+    program.symbols = {entry["name"]: Symbol(**entry) for entry in body["symbols"]}
     known: dict[str, fx.Node] = {}
     for entry in body["nodes"]:
         node = program.graph.create_node(
             entry["kind"],
             _read_target(entry["target"], entry["kind"]),
-            _decode(entry["args"], known),
-            _decode(entry["kwargs"], known),
+            _decode(entry["args"], known, program.symbols),
+            _decode(entry["kwargs"], known, program.symbols),
             name=entry["name"],
         )
         known[entry["name"]] = node
         check_facts(entry["facts"], mesh)
-        set_facts(node, _read_facts(entry["facts"], mesh))
+        set_facts(node, _read_facts(entry["facts"], mesh, program.symbols))
         check_node(node.op, node.target, node.kwargs, facts(node), mesh)
     program.is_typed = program.is_localized = True
     return program
@@ -196,25 +200,29 @@ def _encode(value: Any) -> Any:
             return {kind: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": value.type}
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not isinstance(value, Real) and not math.isfinite(value):
         return {"float": str(value)}
+    if isinstance(value, (Size, Real)):
+        return {"size" if isinstance(value, Size) else "real": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise PlanError(f"an argument of type {type(value).__name__} cannot be written to a plan")
 
 
-def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
+def _decode(value: Any, known: Mapping[str, fx.Node], symbols: Mapping[str, Symbol]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, known) for item in value]
+        return [_decode(item, known, symbols) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "node":
         return known[inner]
     if kind == "tuple":
-        return tuple(_decode(item, known) for item in inner)
+        return tuple(_decode(item, known, symbols) for item in inner)
     if kind == "dict":
-        return {key: _decode(item, known) for key, item in inner.items()}
+        return {key: _decode(item, known, symbols) for key, item in inner.items()}
+    if kind in ("size", "real"):
+        return _read_size(inner, Size if kind == "size" else Real, symbols)
     if kind == "device":
         return torch.device(inner)
     if kind == "float":
@@ -226,13 +234,21 @@ def _decode(value: Any, known: Mapping[str, fx.Node]) -> Any:
 
 
 def _dtype(name: str) -> torch.dtype:
-    return _decode({"dtype": name}, {})
+    return _decode({"dtype": name}, {}, {})
+
+
+def _read_size(text: Any, cls: type[Size] | type[Real], symbols: Mapping[str, Symbol]) -> Size | Real:
+    """A number that follows from sizes, at the example's."""
+    require(isinstance(text, str), f"the expression {text!r} of a size")
+    number = evaluate(text, {name: symbol.example for name, symbol in symbols.items()})
+    require(isinstance(number, (int, float) if cls is Real else int), f"the size {text!r}")
+    return cls(number, parse(text, symbols))
 
 
 def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
     body: dict[str, Any] = {
         "role": known.role,
-        "values": [[list(v.shape), str(v.dtype).removeprefix("torch."), v.needs_grad] for v in known.values],
+        "values": [[_encode(list(v.shape)), str(v.dtype).removeprefix("torch."), v.needs_grad] for v in known.values],
         "layouts": [format_layout(layout, mesh) for layout in known.layouts],
         "strategies": [[[str(p) for p in s.inputs], [str(p) for p in s.outputs], s.factor] for s in known.strategies],
         "hub": None if known.hub is None else format_layout(known.hub, mesh),
@@ -251,8 +267,8 @@ def _one_line(part: Any) -> Any:
     return "".join(letter if letter.isprintable() else " " for letter in part) if isinstance(part, str) else part
 
 
-def _read_facts(body: dict[str, Any], mesh: MeshSpec) -> Facts:
-    values = tuple(TensorInfo(tuple(shape), _dtype(dtype), needs_grad) for shape, dtype, needs_grad in body["values"])
+def _read_facts(body: dict[str, Any], mesh: MeshSpec, symbols: Mapping[str, Symbol]) -> Facts:
+    values = tuple(TensorInfo(tuple(_decode(shape, {}, symbols)), _dtype(dtype), needs_grad) for shape, dtype, needs_grad in body["values"])
     strategies = tuple(
         Strategy(tuple(map(Placement.parse, i)), tuple(map(Placement.parse, o)), factor) for i, o, factor in body["strategies"]
     )

@@ -21,6 +21,7 @@ from autoshard.errors import PlanError
 from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES, lowerings
 from autoshard.program import Facts, Role
+from autoshard.symbolic import name_fault
 
 FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *lowerings())}
 _KINDS = {
@@ -110,7 +111,23 @@ def check_facts(body: Mapping[str, Any], mesh: MeshSpec) -> None:
     module, module_class, call, file, line, text = body["source"]
     require(all(map(is_line, (module, module_class, call, file, text))) and type(line) is int, "where a node comes from")
     for shape, _, needs_grad in body["values"]:
-        require(all(type(size) is int and size >= 0 for size in shape) and type(needs_grad) is bool, f"a value of shape {shape}")
+        require(all(_is_size(size) for size in shape) and type(needs_grad) is bool, f"a value of shape {shape}")
+
+
+def _is_size(size: Any) -> bool:
+    if isinstance(size, dict):
+        return set(size) == {"size"}  # its text is read by autoshard.symbolic, which knows numbers, symbols and operators
+    return type(size) is int and size >= 0
+
+
+def check_symbols(entries: Any, mesh: MeshSpec) -> None:
+    """The sizes that may change. Raises PlanError."""
+    for entry in entries:
+        fault = name_fault(entry["name"], {*mesh.axes, *vars(runtime)}) if is_quotable(entry["name"]) else "no name"
+        require(not fault, f"a size is called {entry['name']!r}: {fault}")
+        numbers = [entry["example"], entry["least"], *([] if entry["most"] is None else [entry["most"]])]
+        require(all(type(number) is int and number >= 2 for number in numbers), f"the range of {entry['name']}")
+    require(len({entry["name"] for entry in entries}) == len(entries), "two sizes of one name")
 
 
 def check_node(kind: str, target: Any, kwargs: Mapping[str, Any], known: Facts, mesh: MeshSpec) -> None:
@@ -151,5 +168,6 @@ def check_source(text: str) -> None:
             require(not name.startswith("__"), f"its program reads {name}")
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            is_known = called in FUNCTIONS or called in ("float", "torch.autocast") or called.startswith(("aten.", "torch.ops.", "self."))
+            plain = ("float", "max", "min", "torch.autocast")
+            is_known = called in FUNCTIONS or called in plain or called.startswith(("aten.", "torch.ops.", "self."))
             require(is_known, f"its program calls {called}")

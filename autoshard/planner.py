@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from autoshard.constraints import Template, tensor_axis_of
+from autoshard.dynamic_dims import Dynamic, LeafMarks, Marks
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
@@ -38,6 +39,7 @@ class Settings:
     seed: int | None = None
     dump_dir: str | None = None
     randomness: Randomness = "per_rank"
+    dynamic: Dynamic | LeafMarks = None
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
@@ -72,7 +74,10 @@ def check_batch(args: Any, mesh: MeshSpec, template: str, inputs: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan. entry_layouts: how each tensor argument is given; fixed_parameters: where parameters already lie."""
+    """What to plan. entry_layouts: how each tensor argument is given; fixed_parameters: where parameters already lie.
+
+    dynamic: dims of the arguments whose sizes may change from call to call.
+    """
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -82,6 +87,7 @@ class Request:
     device: str = "cpu"
     entry_layouts: tuple[Layout, ...] = ()
     fixed_parameters: Mapping[str, Layout] = field(default_factory=dict)
+    dynamic: Marks = ()
 
 
 def passes_for(request: Request) -> tuple[Pass, ...]:
@@ -100,7 +106,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
     asked = request.settings
     is_whole = asked.outputs == "whole"
     return (
-        TraceModel(request.model, request.args, request.kwargs, request.device, request.entry_layouts),
+        TraceModel(request.model, request.args, request.kwargs, request.device, request.entry_layouts, request.dynamic),
         NormalizeGraph(),
         DrawWhole(asked.randomness),
         FoldConstants(),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from autoshard import autocast, runtime
 from autoshard.equations import Strategy
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import I, Layout, R
+from autoshard.symbolic import Size, Symbol, at, sizes_in
 
 Role = Literal["parameter", "buffer", "input", "op", "conversion", "projection", "update", "output"]
 META_KEY = "autoshard"
+_STRANGERS = (3, 5, 7, 11, 13, 17)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Facts:
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
     op: the op that a lowering stands for. is_drawn_whole: a random op that every rank computes whole, from torch's default
     generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
-    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to.
+    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. number: what a traced
+    node computes that is no tensor but a size.
     """
 
     role: Role
@@ -66,6 +70,7 @@ class Facts:
     strides: tuple[int, ...] = ()
     autocast: autocast.State = ()
     recompute: int | None = None
+    number: int | float | None = None
 
     @property
     def value(self) -> TensorInfo:
@@ -116,7 +121,8 @@ class Program:
     outputs: for every leaf of the result, a node or a constant, in graph order. aliases: further names of tied
     parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
     names of those that ran. constants: values of tensors that the
-    model made outside its parameters and buffers. source: the text of the emitted program.
+    model made outside its parameters and buffers. symbols: sizes that may change from call to call (autoshard.symbolic).
+    source: the text of the emitted program.
     """
 
     graph: fx.Graph
@@ -134,6 +140,7 @@ class Program:
     stats: dict[str, float] = field(default_factory=dict)
     passes: list[str] = field(default_factory=list)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    symbols: dict[str, Symbol] = field(default_factory=dict)
     source: str = ""
 
     def nodes(self, *roles: Role) -> Iterator[fx.Node]:
@@ -185,6 +192,11 @@ def producer(node: fx.Node) -> tuple[fx.Node, int]:
     if facts(node).role == "projection":
         return node.args[0], node.args[1]  # type: ignore[return-value]
     return node, 0
+
+
+def is_sized(node: fx.Node) -> bool:
+    """Whether an argument or a result of the node has a size that may change from call to call."""
+    return any(True for _ in sizes_in([node.args, node.kwargs, *(value.shape for value in facts(node).values)]))
 
 
 def native_layout(ndim: int, needs_grad: bool) -> Layout:
@@ -243,3 +255,30 @@ def call_of(node: fx.Node) -> Call:
 
     bound: dict[str, Any] = fx.map_arg(arguments(node), info)  # type: ignore[arg-type]
     return Call(op_name(node), bound, tuple(map(info, tensor_operands(node))), facts(node).values)
+
+
+def example_sizes(program: Program) -> dict[str, int]:
+    """The sizes that the program was planned at."""
+    return {name: symbol.example for name, symbol in program.symbols.items()}
+
+
+def strange_sizes(program: Program) -> dict[str, int]:
+    """Sizes unlike the example's that divide wherever those do: what holds at both does not hold by coincidence."""
+    return {
+        name: symbol.example * _STRANGERS[k % len(_STRANGERS)] ** (1 + k // len(_STRANGERS))
+        for k, (name, symbol) in enumerate(program.symbols.items())
+    }
+
+
+def info_at(info: TensorInfo, sizes: Mapping[str, int]) -> TensorInfo:
+    """A value where the symbols have other values."""
+    if not any(isinstance(size, Size) for size in info.shape):
+        return info
+    return replace(info, shape=tuple(at(size, sizes) for size in info.shape))
+
+
+def call_at(call: Call, sizes: Mapping[str, int]) -> Call:
+    """One use of an op where the symbols have other values."""
+    given = map_aggregate(dict(call.arguments), lambda leaf: info_at(leaf, sizes) if isinstance(leaf, TensorInfo) else at(leaf, sizes))
+    inputs, outputs = (tuple(info_at(info, sizes) for info in infos) for infos in (call.inputs, call.outputs))
+    return Call(call.op, given, inputs, outputs)

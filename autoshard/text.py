@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
 from autoshard.placements import format_layout, local_shape
 from autoshard.program import Facts, Program, facts
+from autoshard.symbolic import short
 
 _SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
@@ -22,10 +25,14 @@ def describe_value(known: Facts, program: Program, index: int = 0) -> str:
     """`f32[4, 512]  S(0)@dp I@tp`: local shape and layout; the global shape while there is no layout."""
     value = known.values[index]
     if not known.layouts:
-        return f"{short_dtype(value.dtype)}{list(value.shape)}"
+        return f"{short_dtype(value.dtype)}{_described(value.shape)}"
     layout = known.layouts[index]
     shape = local_shape(value.shape, layout, program.mesh.shape)
-    return f"{short_dtype(value.dtype)}{list(shape or ())}  {format_layout(layout, program.mesh)}"
+    return f"{short_dtype(value.dtype)}{_described(shape or ())}  {format_layout(layout, program.mesh)}"
+
+
+def _described(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(short, shape))}]"
 
 
 def listing(program: Program) -> str:

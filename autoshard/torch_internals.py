@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import linecache
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+# non_strict_utils: where export makes the environment of its symbolic sizes, see record_size_guards.
+from torch._export import non_strict_utils
 
 # The pass of torch.export that makes regions of no_grad blocks: see keep_nested_no_grad.
 from torch._export.passes import replace_set_grad_with_hop_pass as set_grad_pass
@@ -30,6 +35,8 @@ from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
+_PACKAGE = str(Path(__file__).parent)
+
 __all__ = [
     "FakeTensor",
     "_StridedShard",
@@ -41,6 +48,7 @@ __all__ = [
     "local_of",
     "pytree",
     "record_lost_backwards",
+    "record_size_guards",
     "region_of",
     "tag_checkpoints",
 ]
@@ -183,6 +191,39 @@ def keep_nested_no_grad() -> Iterator[None]:
 def region_of(node: fx.Node) -> int | None:
     """Number of the checkpointed region that a node was traced in."""
     return (node.meta.get("custom") or {}).get(_REGION)
+
+
+@contextlib.contextmanager
+def record_size_guards(found: Callable[[str, str], Any]) -> Iterator[None]:
+    """Call `found(condition, where)` for every condition on sizes that export derives while the block runs.
+
+    Its errors say which size is fixed, but not by which line. Private: the ShapeEnv that torch._export.non_strict_utils
+    makes, and its list `guards`. If they move: errors about dynamic sizes name no line.
+    """
+    module: Any = non_strict_utils
+    original = getattr(module, "ShapeEnv", None)
+    if original is None:
+        yield
+        return
+
+    class Recorded(list):
+        def append(self, guard: Any) -> None:
+            frames = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+            own = next((place for place in frames if not any(part in place[0] for part in ("/torch/", _PACKAGE, "/sympy/", "<"))), None)
+            if own is not None:
+                found(str(guard.expr), f"{own[0]}:{own[1]}: {linecache.getline(*own).strip()}")
+            super().append(guard)
+
+    class Recording(original):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.guards: Any = Recorded(self.guards)
+
+    module.ShapeEnv = Recording
+    try:
+        yield
+    finally:
+        module.ShapeEnv = original
 
 
 def is_in_backward() -> bool:

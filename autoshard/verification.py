@@ -12,11 +12,12 @@ from torch import fx, nn
 
 from autoshard import autocast
 from autoshard.errors import InputError
+from autoshard.instantiation import instantiate
 from autoshard.mesh import MeshSpec
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
 from autoshard.placements import shard
 from autoshard.plan import Plan
-from autoshard.program import Program, call_of, facts, op_name
+from autoshard.program import Program, call_of, example_sizes, facts, op_name
 from autoshard.rules import rule_of
 from autoshard.simulator import Ranks, Simulation, run_program, without_randomness
 from autoshard.torch_internals import pytree, tag_checkpoints
@@ -60,11 +61,9 @@ def simulate_plan(
     if len(leaves) != len(names):
         raise InputError(f"the plan was made for {len(names)} arguments, got {len(leaves)}")
     inputs = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
-    for node in plan.program.nodes("input"):
-        given = tuple(inputs[facts(node).name].shape)
-        if given != facts(node).value.shape:
-            raise InputError(f"{facts(node).name} has shape {given}, the plan was made for {facts(node).value.shape}")
-    return run_program(plan.program, _tensors(model, plan.program), inputs, seed, is_random)
+    sizes = plan.sizes_of({name: tuple(leaf.shape) for name, leaf in inputs.items()})
+    program = plan.program if sizes == example_sizes(plan.program) else instantiate(plan.program, sizes)
+    return run_program(program, _tensors(model, plan.program), inputs, seed, is_random)
 
 
 def _tensors(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:

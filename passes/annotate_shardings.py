@@ -15,7 +15,7 @@ from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, ConstraintError
 from autoshard.hardware import Hardware
 from autoshard.placements import Layout
-from autoshard.program import Program, facts, native_layout, op_name, producer
+from autoshard.program import Program, draws_random, facts, native_layout, op_name, producer, tensor_operands
 from autoshard.search_space import SearchSpace, Value
 from autoshard.solver import InfeasibleError, Solution, solve
 
@@ -108,7 +108,9 @@ def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value
 def _report(program: Program, space: SearchSpace, solution: Solution) -> None:
     unknown: dict[str, list[fx.Node]] = {}
     for node in program.nodes("op"):
-        if not (facts(node).is_constant or facts(node).is_drawn_whole) and bound_rule(node)[1] is None:
+        # torch.arange and the like read nothing that could be split
+        is_made = facts(node).is_drawn_whole or (not tensor_operands(node) and not draws_random(node))
+        if not (facts(node).is_constant or is_made) and bound_rule(node)[1] is None:
             unknown.setdefault(op_name(node), []).append(node)
     for name, nodes in unknown.items():
         cost = sum((space.chosen.get(node) or space.domains[node][0]).cost_s for node in nodes)

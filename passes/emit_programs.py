@@ -20,14 +20,17 @@ from torch import fx
 
 from autoshard.autocast import Autocast, State
 from autoshard.conversions import BY_NAME
+from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout
 from autoshard.program import Facts, Program, facts, is_of_runtime
 from autoshard.regions import results, statistics
+from autoshard.symbolic import Size, Symbol
 from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
 _COMMENT_COLUMN = 104
+_NAME = re.compile(r"\w+")
 _CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
 
@@ -38,7 +41,7 @@ class EmitPrograms:
     name: str = "model"
 
     def __call__(self, program: Program) -> Program:
-        body = [*_constants(program), *_forward(program)]
+        body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         imported = sorted(used & {*BY_NAME, *lowerings()})
         names = ", ".join(["Program", *imported])
@@ -50,21 +53,46 @@ class EmitPrograms:
 
 def _header(program: Program, name: str) -> list[str]:
     mode = "training" if program.is_training else "evaluation"
+    sizes = [f"    {_sized(symbol, multiple_of(program, symbol.name))}" for symbol in program.symbols.values()]
     return [
         f'"""{name} on mesh {program.mesh}, {mode}: the program of every rank. Written by autoshard.',
         "",
         f"Passes: {', '.join(program.passes)}.",
+        *(["Sizes that may change from call to call:", *sizes] if sizes else []),
         '"""',
         "",
     ]
 
 
+def _sized(symbol: Symbol, multiple: int | None) -> str:
+    which = "only as in the example" if multiple is None else symbol.range if multiple == 1 else f"a multiple of {multiple}, {symbol.range}"
+    return f"{symbol.name}: {which}; {symbol.example} in the example."
+
+
+def _bind_sizes(program: Program, lines: list[str]) -> list[str]:
+    """The method `forward` with the sizes that it uses bound in front: global ones, from this rank's arguments."""
+    used = {word for line in lines for word in _NAME.findall(line.partition("  # ")[0])}
+    bound: dict[str, str] = {}
+    for known in map(facts, program.nodes("input")):
+        for dim, size in enumerate(known.value.shape):
+            if isinstance(size, Size) and str(size) in used and str(size) not in bound:
+                ways = math.prod(n for p, n in zip(known.layout, program.mesh.shape, strict=True) if p.is_split and p.dim == dim)
+                text = f"        {size} = {_argument(program, known.name)}.shape[{dim}]{f' * {ways}' if ways > 1 else ''}"
+                bound[str(size)] = f"{text.ljust(_COMMENT_COLUMN)}  # of all ranks together" if ways > 1 else text
+    return [*lines[:2], *bound.values(), *lines[2:]]
+
+
+def _argument(program: Program, name: str) -> str:
+    return next(node.name for node in program.nodes("input") if facts(node).name == name)
+
+
 def _tables(program: Program) -> list[str]:
     def table(title: str, *roles: Any) -> list[str]:
-        rows = [
-            f'        {quoted(n.name)}: ({list(n.value.shape)}, "{short_dtype(n.value.dtype)}", "{format_layout(n.layout, program.mesh)}"),'
-            for n in map(facts, program.nodes(*roles))
-        ]
+        def row(n: Facts) -> str:
+            shape, layout = [*map(int, n.value.shape)], format_layout(n.layout, program.mesh)  # sizes that may change: the example's
+            return f'        {quoted(n.name)}: ({shape}, "{short_dtype(n.value.dtype)}", "{layout}"),'
+
+        rows = [row(known) for known in map(facts, program.nodes(*roles))]
         return [f"    {title} = {{", *rows, "    }"] if rows else [f"    {title} = {{}}"]
 
     axes = ", ".join(f'"{axis}": {size}' for axis, size in zip(program.mesh.axes, program.mesh.shape, strict=True))

@@ -46,6 +46,7 @@ _CASTS = {
 }
 # In-place ops whose functional form has the dtype of its first operand whatever the others have.
 _KEEPS_DTYPE = ("fill", "masked_", "index_", "scatter")
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
 
@@ -141,6 +142,13 @@ def _returns_alias(node: fx.Node, first: fx.Node) -> bool:
     return any(result.alias_info is not None for result in node.target._schema.returns) and shares_memory(node, first)  # type: ignore[union-attr]
 
 
+@dataclass(frozen=True)
+class _Unknown:
+    """Stands for a number that a traced node computes in a way that programs cannot."""
+
+    node: fx.Node
+
+
 class _Writer:
     """Copies nodes one by one into a new graph."""
 
@@ -166,6 +174,10 @@ class _Writer:
             self.env[node] = getattr(self.owner, str(node.target))
         elif str(node.target) in _DROPPED:
             pass
+        elif facts(node).number is not None:  # a size: arguments that use it hold its expression
+            self.env[node] = facts(node).number
+        elif isinstance(node.meta.get("val"), _SYMBOLIC):
+            self.env[node] = _Unknown(node)
         elif node.target is operator.getitem:
             self._project(node)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -184,7 +196,13 @@ class _Writer:
         own = self.memory.identity(node)
         if self.made.get(own, 0) < self.writes.get(self.memory.memory_of(own), 0):
             self._make_anew(own)
-        return self.env[own]
+        found = self.env[own]
+        if isinstance(found, _Unknown):
+            raise TraceError(
+                f"{found.node.target} at {facts(found.node).source} computes {found.node.meta['val']}, which programs cannot compute "
+                "from the sizes of arguments; write it with + - * // % of sizes, or leave the size out of dynamic"
+            )
+        return found
 
     def _make_anew(self, view: fx.Node) -> None:
         """The value of a view after the memory that it shows was written."""
@@ -261,7 +279,7 @@ class _Writer:
         if what:
             raise TraceError(f"{what}, at {facts(node).source}; write the model without this in-place op")
         self._set(written, self._copied(node, *args[:2]) if name == "copy_" else self._call(functional, args, kwargs, facts(node)))
-        dtypes = {facts(operand).value.dtype for operand in node.all_input_nodes}
+        dtypes = {facts(operand).value.dtype for operand in node.all_input_nodes if facts(operand).values}
         if name != "copy_" and not name.startswith(_KEEPS_DTYPE) and len(dtypes) > 1:
             dtype = facts(node).value.dtype  # in place the result keeps its dtype, out of place it may be promoted
             self._set(written, self._call(aten.to.dtype, (self.env[written], dtype), {}, facts(node)))
@@ -326,6 +344,8 @@ class _Writer:
         """A value enters a region; into a no-grad one it goes without its gradient."""
         if operand in self.detached:
             self.detached[inner] = self.detached[operand]
+        elif not isinstance(self._now(operand), fx.Node):
+            return  # a size
         elif loses_gradient and facts(producer(self._now(operand))[0]).needs_grad:
             value = self._now(operand)
             known = Facts("op", facts(value).values, source=facts(value).source, autocast=facts(inner).autocast)
@@ -359,7 +379,7 @@ class _Writer:
     def _identifier(self, text: str) -> str:
         """`text` as a variable of the emitted program, which must not hide what the program calls."""
         name = re.sub(r"\W", "_", text)
-        if name in _RESERVED or name in self.program.mesh.axes:
+        if name in _RESERVED or name in self.program.mesh.axes or name in self.program.symbols:
             return f"{name}_"
         return name if not name[:1].isdigit() else f"_{name}"
 
