@@ -63,7 +63,7 @@ def check_sizes(program: Program, sizes: Mapping[str, int]) -> None:
     """Raise InputError unless the program is sound at `sizes`; says which sizes are."""
     if dict(sizes) == example_sizes(program):
         return
-    for size, axes, ways in split_sizes(program):
+    for size, axes, ways in sorted(split_sizes(program), key=lambda split: -split[2]):
         length = evaluate(str(size), sizes)
         if length % ways or not length:
             raise InputError(_indivisible(program, sizes, size, axes, ways, length))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import linecache
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ __all__ = [
     "record_lost_backwards",
     "record_size_guards",
     "region_of",
+    "spell_out_keywords",
     "tag_checkpoints",
 ]
 
@@ -191,6 +193,28 @@ def keep_nested_no_grad() -> Iterator[None]:
 def region_of(node: fx.Node) -> int | None:
     """Number of the checkpointed region that a node was traced in."""
     return (node.meta.get("custom") or {}).get(_REGION)
+
+
+def spell_out_keywords(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Give `model.forward`, of a copy, parameters for what this call passes through its `**kwargs`.
+
+    torch.export counts such arguments twice when it matches dynamic shapes to them (torch.export._trace._get_range_constraints).
+    If that is mended: this can go.
+    """
+    original = model.forward
+    signature = inspect.signature(original)
+    collected = [p.name for p in signature.parameters.values() if p.kind == p.VAR_KEYWORD]
+    extra = signature.bind(*args, **kwargs).arguments.get(collected[0]) if collected else None
+    if not extra:
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    kept = [p for p in signature.parameters.values() if p.name not in collected]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    forward.__signature__ = signature.replace(parameters=[*kept, *named])  # type: ignore[attr-defined]
+    model.forward = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

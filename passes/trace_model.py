@@ -32,6 +32,7 @@ from autoshard.torch_internals import (
     record_lost_backwards,
     record_size_guards,
     region_of,
+    spell_out_keywords,
     tag_checkpoints,
 )
 
@@ -87,6 +88,8 @@ class TraceModel:
             watched = record_lost_backwards(lambda *what: lost.append(what))
             guarded = record_size_guards(lambda *what: guards.append(what))
             with torch.enable_grad(), watched, guarded, tag_checkpoints(selective.append), keep_nested_no_grad():
+                if dims is not None:
+                    spell_out_keywords(model, args, kwargs)
                 shapes = None if dims is None else dims.dynamic_shapes(model, args, kwargs)
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
@@ -169,8 +172,11 @@ def _explain_sizes(error: Exception, model: nn.Module, guards: list[tuple[str, s
     elif any(" = " in line and not line.strip().rpartition(" ")[2].isdigit() and "_" not in line for line in fixes):
         advice = f"Give sizes that must be equal one name in dynamic: {'; '.join(line.strip() for line in fixes)}."
     else:
-        advice = "Take the size from a tensor's shape there, without int(), float() or a comparison; or leave it out of dynamic."
-    places = dict.fromkeys(where for expr, where in guards if not expr.startswith("Ne("))
+        advice = (
+            "Take the size from a tensor's shape there, without int(), float() or a comparison; give a range without the sizes that "
+            "differ (torch.export.Dim); or leave it out of dynamic."
+        )
+    places = dict.fromkeys(where for expr, where in guards if not expr.startswith("Ne(")) or dict.fromkeys(where for _, where in guards)
     lines = "".join(f"\n  at {place}" for place in list(places)[:3])
     return f"{type(model).__name__} does not keep its sizes dynamic: {'; '.join(reasons[:2])}{lines}\n  {advice}"
 
