@@ -437,7 +437,7 @@ class _State:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
         """A copied model keeps its layouts and runs on its own tensors."""
-        return replace(self, source=copy.deepcopy(self.source, memo), ready={}, adopted=[], members=(), slots={})
+        return replace(self, source=copy.deepcopy(self.source, memo), ready={}, marks={}, adopted=[], members=(), slots={})
 
     @torch.compiler.disable
     def advance(self) -> None:

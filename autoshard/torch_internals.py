@@ -214,7 +214,7 @@ def spell_out_keywords(model: nn.Module, args: tuple, kwargs: Mapping[str, Any])
     kept = [p for p in signature.parameters.values() if p.name not in collected]
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
     forward.__signature__ = signature.replace(parameters=[*kept, *named])  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 @contextlib.contextmanager

@@ -180,9 +180,17 @@ def planned(case: str, mesh: str, how: str | int) -> autoshard.Plan:
     return autoshard.plan(made(case), mesh, *batch(*SIZES[0]), dynamic=dynamic, hardware=SLOW, **asked)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "megatron", 0, 1], ids=str)
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", CASES)
+SMALL = ("mlp", "conv_net", "gpt")
+QUICK = {("dp=2", "fsdp"), ("dp=2", 0), ("dp=2,tp=2", "megatron"), ("dp=2,tp=2", 1)}  # of the models that take long to plan
+CROSS = [
+    pytest.param(case, mesh, how, marks=() if case in SMALL or (mesh, how) in QUICK else pytest.mark.slow)
+    for case in CASES
+    for mesh in MESHES
+    for how in ("ddp", "fsdp", "megatron", "megatron_sp", 0, 1)
+]
+
+
+@pytest.mark.parametrize(("case", "mesh", "how"), CROSS)
 def test_one_plan_serves_all_sizes(case: str, mesh: str, how: str | int) -> None:
     plan = planned(case, mesh, how)
     for sizes in SIZES:
@@ -192,7 +200,7 @@ def test_one_plan_serves_all_sizes(case: str, mesh: str, how: str | int) -> None
 
 @pytest.mark.hypothesis
 @settings(max_examples=60)
-@given(st.sampled_from(["mlp", "gpt", "conv_net"]), st.sampled_from(MESHES), st.integers(0, 3), st.integers(2, 17), st.integers(2, 17))
+@given(st.sampled_from(SMALL), st.sampled_from(MESHES), st.integers(0, 3), st.integers(2, 17), st.integers(2, 17))
 def test_every_size_is_equal_or_refused(case: str, mesh: str, seed: int, batch: int, length: int) -> None:
     """Plans drawn at random, at any sizes: what divides is computed alike, what does not is refused with sizes that work."""
     plan = planned(case, mesh, seed)
