@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import fx
 
 from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel, split_of
-from autoshard.equations import Equation, Strategy, base, divides, strategies
+from autoshard.equations import Equation, Strategy, base, divides, linear_operands, strategies
 from autoshard.errors import RuleError
 from autoshard.ops.row import Call, Rule, TensorInfo
-from autoshard.placements import I, Layout, Placement, R, S, local_shape
+from autoshard.placements import I, Layout, Placement, R, S, local_shape, padded_axes
 from autoshard.program import Program, call_at, call_of, facts, is_sized, strange_sizes
 from autoshard.rules import rule_of
 from autoshard.traffic import meter, seconds_inside
@@ -70,10 +72,15 @@ class CandidateTable:
             options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
             layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
             self._known[key] = [
-                Candidate((), (), (layout,), self.costs.parameter_s(value, layout), 4.0 * self.costs.local_bytes(value, layout))
+                Candidate((), (), (layout,), self._resting_s(value, layout), 4.0 * self.costs.local_bytes(value, layout))
                 for layout in layouts
             ]
         return self._known[key]
+
+    def _resting_s(self, value: TensorInfo, layout: Layout) -> float:
+        """Seconds of the optimizer step, and of padding what does not divide whenever it is read."""
+        is_padded = bool(padded_axes(value.shape, layout, self.program.mesh.shape))
+        return self.costs.parameter_s(value, layout) + (self.costs.copy_s(value, layout) if is_padded else 0.0)
 
     def _equal_segments(self, size: int) -> list[tuple[int, ...]]:
         return [segments for segments in self.segmentations.get(size, []) if len(set(segments)) == 1]
@@ -97,17 +104,20 @@ class CandidateTable:
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(joint, sizes)) + self._inside_s(
-                call, rule, joint, inputs
+            factors = [strategy.factor for strategy in joint]
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes))
+            cost += self._inside_s(call, rule, factors, inputs)
+            cost += sum(
+                self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks_of(rule, equation, factors, sizes)
             )
             kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
                 best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
         return list(best.values())
 
-    def _inside_s(self, call: Call, rule: Rule | None, joint: Sequence[Strategy], inputs: Sequence[Layout]) -> float:
+    def _inside_s(self, call: Call, rule: Rule | None, factors: Sequence[str], inputs: Sequence[Layout]) -> float:
         """Seconds of what the op's lowering sends under this strategy."""
-        axes = lowered_axes(rule, [strategy.factor for strategy in joint], self.program.mesh.axes)
+        axes = lowered_axes(rule, factors, self.program.mesh.axes)
         if not axes or rule is None or rule.lowering is None:
             return 0.0
         return seconds_inside(self.costs, meter(rule.lowering.function, call, inputs, axes, self.program.mesh))
@@ -120,6 +130,45 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
         keywords = rule.lowering.axes.get(base(factor), "") if rule is not None and rule.lowering is not None and factor else ""
         for keyword in keywords.split():
             found[keyword] = (*found.get(keyword, ()), axis)
+    return found
+
+
+def lowered_sizes(rule: Rule | None, equation: Equation | None, factors: Sequence[str], sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Keyword of the rule's lowering -> per axis of its `*_axes` the global length of a factor that does not divide, 0 where one does."""
+    found: dict[str, tuple[int, ...]] = {}
+    if rule is None or rule.lowering is None or equation is None:
+        return found
+    for factor, n in zip(factors, sizes, strict=True):
+        keyword = rule.lowering.axes.get(base(factor)) if factor else None
+        if keyword is not None:
+            name, length = keyword.removesuffix("_axes") + "_sizes", equation.sizes.get(factor, 0)
+            found[name] = (*found.get(name, ()), length if length % n else 0)
+    return {name: lengths for name, lengths in found.items() if any(lengths)}
+
+
+class Mask(NamedTuple):
+    """An operand (by number) that must be zero at the padding of `dim` on `axis` (by number), a dim of global length `size`."""
+
+    operand: int
+    axis: int
+    dim: int
+    size: int
+
+
+def masks_of(rule: Rule | None, equation: Equation | None, factors: Sequence[str], sizes: Sequence[int]) -> list[Mask]:
+    """What keeps padding out of the sums of an op: for every padded factor that no output has, the smallest linear operand."""
+    found: list[Mask] = []
+    for axis, (factor, n) in enumerate(zip(factors, sizes, strict=True)):
+        length = equation.sizes.get(factor, 0) if equation is not None else 0
+        if equation is None or length % n == 0 or any((factor,) in operand.dims for operand in equation.outputs):
+            continue
+        if rule is not None and rule.lowering is not None and base(factor) in rule.lowering.skips_padding:
+            continue
+        known = equation.sizes
+        for k in sorted(linear_operands(equation, factor), key=lambda k: math.prod(known[f] for d in equation.inputs[k].dims for f in d))[
+            :1
+        ]:
+            found.append(Mask(k, axis, equation.inputs[k].dims.index((factor,)), length))
     return found
 
 
@@ -168,12 +217,15 @@ def _is_strided_shard(layout: Layout, axis: int) -> bool:
     return len(set(layout[axis].segments)) == 1 and not any(other.is_split and other.dim == layout[axis].dim for other in others)
 
 
-def leaving_layout(layout: Layout, value: TensorInfo, wants_whole: bool) -> Layout:
-    """What leaves the program: whole, or (on request) split where it is split in a way that DTensor can say."""
+def leaving_layout(layout: Layout, value: TensorInfo, wants_whole: bool, sizes: Sequence[int] = ()) -> Layout:
+    """What leaves the program: whole, or (on request) split where it divides and is split in a way that DTensor can say."""
     whole = I if value.needs_grad else R
     if wants_whole or not value.shape:
         return (whole,) * len(layout)
-    return tuple(p if p.is_split and (not p.segments or _is_strided_shard(layout, k)) else whole for k, p in enumerate(layout))
+    padded = {axis for axis, _ in padded_axes(value.shape, layout, sizes)} if sizes else set()
+    return tuple(
+        p if p.is_split and k not in padded and (not p.segments or _is_strided_shard(layout, k)) else whole for k, p in enumerate(layout)
+    )
 
 
 def find_segmentations(program: Program) -> dict[int, list[tuple[int, ...]]]:

@@ -2,7 +2,8 @@
 
 It reads nothing of how the program was made: an op must have, on every axis, operand and result placements that are a row
 of its rule's strategies; a conversion must be a row of the table, between the layouts beside it, on a dim whose pieces do
-not interleave; what leaves the program must be whole or split. All faults are reported, not the first.
+not interleave; what an op sums over must be zero at padding, and nothing else may be; what leaves the program must be whole
+or split. All faults are reported, not the first.
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ from collections.abc import Iterator
 from torch import fx
 
 from autoshard import runtime
-from autoshard.candidates import base, bound_rule, is_storable, layouts_of, lowered_axes, settle, whole_strategy
-from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, without_gradient
-from autoshard.equations import divides, strategies
+from autoshard.candidates import (
+    Mask,
+    base,
+    bound_rule,
+    is_storable,
+    layouts_of,
+    lowered_axes,
+    lowered_sizes,
+    masks_of,
+    settle,
+    whole_strategy,
+)
+from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
+from autoshard.equations import Equation, divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.ops.row import Rule, is_differentiable
-from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape
+from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape, padded_axes
 from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, draws_random, facts, op_of, producer, tensor_operands
 
 
@@ -65,7 +77,11 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
     depends = known.role in ("parameter", "input") or not all(facts(operand).is_constant for operand in node.all_input_nodes)
     if known.is_constant and depends:
         yield "is called constant, and depends on a parameter or input"
-    check_role = {"op": _op_faults, "conversion": _conversion_faults, "projection": _projection_faults}.get(known.role, _placeholder_faults)
+    if known.role != "op" and any(facts(operand).role == "mask" for operand in node.all_input_nodes) and known.role != "mask":
+        yield "reads a masked value; only an op that sums over padding may"
+    check_role = {"op": _op_faults, "conversion": _conversion_faults, "mask": _mask_faults, "projection": _projection_faults}.get(
+        known.role, _placeholder_faults
+    )
     yield from check_role(program, node, known)
 
 
@@ -78,6 +94,8 @@ def _leaving_faults(program: Program, operand: fx.Node) -> Iterator[str]:
         yield f"{text}; whole results are promised"
     if not is_storable(layout):
         yield f"{text}, which DTensor cannot say"
+    if facts(operand).role == "mask" or padded_axes(facts(operand).value.shape, layout, program.mesh.shape):
+        yield f"{text}, with padding"
 
 
 def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
@@ -126,6 +144,31 @@ def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
         expected = step_arguments(before, step, known.value.shape, program.mesh.shape)
         if tuple(node.args[2:]) != expected:
             yield f"{row.name} is called with {node.args[2:]}, its layouts ask {expected}"
+        lengths = step_sizes(before, step, known.value.shape, program.mesh.shape)
+        if dict(node.kwargs) != lengths:
+            yield f"{row.name} is called with {dict(node.kwargs)}, its layouts ask {lengths}"
+
+
+def _mask_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    source = node.args[0]
+    if node.target is not runtime.mask_padding or not isinstance(source, fx.Node):
+        yield f"calls {node.target}, which is not mask_padding"
+    elif (known.values, known.layouts) != (facts(source).values, facts(source).layouts):
+        yield f"changes more of {source.name} than its padding"
+    elif _masks(program, node, 0) is None:
+        yield f"masks {node.args[1:]} {dict(node.kwargs)}, where {format_layout(known.layout, program.mesh)} has no such padding"
+
+
+def _masks(program: Program, node: fx.Node, number: int) -> list[Mask] | None:
+    """The masks on an operand, by its number; None where one is no padding of its layout."""
+    found: list[Mask] = []
+    while facts(node).role == "mask":
+        known, padded = facts(node), padded_axes(facts(node).value.shape, facts(node).layout, program.mesh.shape)
+        found += [Mask(number, a, dim, known.value.shape[dim]) for a, dim in padded if node.args[1:] == (program.mesh.axes[a], dim)]
+        if not found or node.kwargs != {"size": found[-1].size} or len(set(found)) < len(found):
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return found
 
 
 def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
@@ -160,7 +203,7 @@ def _op_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     if equation is not None and not divides(equation, factors, program.mesh.shape):
         yield f"splits factors {factors} of {op_of(node)} more ways than their sizes divide"
     if program.is_localized:
-        yield from _local_faults(program, node, known, rule, tuple(factors))
+        yield from _local_faults(program, node, known, rule, equation, tuple(factors))
 
 
 def _mismatch(program: Program, node: fx.Node, axis: int, actual: tuple[Placement, ...], inputs: int) -> str:
@@ -170,17 +213,24 @@ def _mismatch(program: Program, node: fx.Node, axis: int, actual: tuple[Placemen
     return f"no strategy of {op_of(node)} on axis {program.mesh.axes[axis]} takes ({given}) to ({wanted}); at {facts(node).source}"
 
 
-def _local_faults(program: Program, node: fx.Node, known: Facts, rule: Rule | None, factors: tuple[str, ...]) -> Iterator[str]:
+def _local_faults(
+    program: Program, node: fx.Node, known: Facts, rule: Rule | None, equation: Equation | None, factors: tuple[str, ...]
+) -> Iterator[str]:
     """Whether the node is rewritten for local tensors as its strategies ask."""
+    found = [mask for k, operand in enumerate(tensor_operands(node)) for mask in _masks(program, operand, k) or []]
+    wanted = masks_of(rule, equation, factors, program.mesh.shape)
+    if sorted(found) != sorted(wanted):
+        yield f"reads operands masked as {found}, its sums ask {wanted}"
     if rule is None:
         if known.random_axes != (() if draws_random(node) and not known.is_drawn_whole else None):
             yield f"draws random numbers on axes {known.random_axes}, but is computed whole"
         return
     axes = lowered_axes(rule, factors, program.mesh.axes)
-    given = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    lengths = lowered_sizes(rule, equation, factors, program.mesh.shape)
+    given = {key: value for key, value in node.kwargs.items() if key.endswith(("_axes", "_sizes"))}
     is_own = known.op is None and rule.lowering is not None and node.target is getattr(runtime, rule.lowering.function)
-    if given != axes or (bool(axes) != (known.op is not None) and not is_own):
-        yield f"is lowered for axes {given}, its layouts ask {axes}"
+    if given != {**axes, **lengths} or (bool(axes) != (known.op is not None) and not is_own):
+        yield f"is lowered for axes {given}, its layouts ask { ({**axes, **lengths}) }"
     elif axes and node.target is not getattr(runtime, rule.lowering.function):  # type: ignore[union-attr]
         yield f"calls {node.target}, its lowering is {rule.lowering.function}"  # type: ignore[union-attr]
     drawn = tuple(a for a, f in zip(program.mesh.axes, factors, strict=True) if f and base(f) not in rule.undrawn)

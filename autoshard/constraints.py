@@ -22,7 +22,7 @@ from torch import fx
 from autoshard.equations import Strategy
 from autoshard.errors import ConstraintError, PlacementError
 from autoshard.mesh import MeshSpec
-from autoshard.placements import Layout, Placement, local_shape
+from autoshard.placements import Layout, Placement, local_shape, padded_axes, padded_piece
 from autoshard.program import Program, facts, op_name, producer
 
 Subject = Literal["parameter", "input", "output", "split"]
@@ -187,13 +187,14 @@ def _parameter_template(program: Program, node: fx.Node, template: Template, ten
     if template == "fsdp":
         layout: list[Placement] = [Placement("I")] * mesh.ndim
         for axis in range(mesh.ndim):
+            fitting: list[list[Placement]] = []
             for dim in range(len(value.shape)):
                 tried = [*layout[:axis], Placement("S", dim), *layout[axis + 1 :]]
                 if mesh.shape[axis] > 1 and local_shape(value.shape, tuple(tried), mesh.shape):
-                    layout = tried
-                    break
+                    fitting.append(tried)
+            layout = min(fitting, key=lambda tried: len(padded_axes(value.shape, tuple(tried), mesh.shape)), default=layout)
         return " ".join(f"{placement}@{axis}" for placement, axis in zip(layout, mesh.axes, strict=True))
     size = mesh.shape[mesh.index(tensor_axis)]
-    splits = len(value.shape) > 1 and any(length % size == 0 for length in value.shape) and size > 1
+    splits = len(value.shape) > 1 and any(padded_piece(length, size) for length in value.shape) and size > 1
     others = " ".join(f"I@{axis}" for axis in mesh.axes if axis != tensor_axis)
     return f"{others} {'S@' + tensor_axis if splits else ''}".strip() or "I|S"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autoshard.conversions import BY_KINDS, without_gradient
-from autoshard.costs import CostModel
+from autoshard.costs import CostModel, stretch
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, Placement, R
 
@@ -89,6 +89,7 @@ class ConversionTable:
     def _in_order(self, order: Sequence[int], src: tuple[np.ndarray, ...], dst: tuple[np.ndarray, ...], info: TensorInfo) -> np.ndarray:
         """Seconds of taking the axes in this order, inf where a step would not be legal."""
         total = np.zeros((len(src[0]), len(dst[0])))
+        stretched = self._stretched(info)
         legal = np.ones(total.shape, dtype=bool)
         moves = [src[3][:, None, axis] != dst[3][None, :, axis] for axis in range(len(self.sizes))]
         for position, axis in enumerate(order):
@@ -97,6 +98,9 @@ class ConversionTable:
             for other, (dims, _) in enumerate(state):
                 if other != axis:
                     share = share * np.where(dims >= 0, 1.0 / self.sizes[other], 1.0)
+                    share = share if stretched is None else share * stretched[other][dims]
+            if stretched is not None:
+                share = share * stretched[axis][src[1][:, None, axis]] * stretched[axis][dst[1][None, :, axis]]
             kinds = np.ix_(src[0][:, axis], dst[0][:, axis])
             fixed, per_byte = self.terms[info.needs_grad][axis]
             total += np.where(moves[axis], fixed[kinds] + per_byte[kinds] * (share * info.nbytes), 0.0)
@@ -108,6 +112,12 @@ class ConversionTable:
                 after = [self._state(other, order[: position + 1], src, dst) for other in range(len(self.sizes))]
                 legal &= ~(moves[axis] & later) | self._divides(after, info)
         return np.where(legal, total, np.inf)
+
+    def _stretched(self, info: TensorInfo) -> list[np.ndarray] | None:
+        """Per axis and dim (the last entry: not split) by how much padding lengthens the dim; None when all dims divide."""
+        if not self.costs.pads(info.shape):
+            return None
+        return [np.array([*(stretch(info.shape, dim, n) for dim in range(len(info.shape))), 1.0]) for n in self.sizes]
 
     def _state(
         self, axis: int, done: Sequence[int], src: tuple[np.ndarray, ...], dst: tuple[np.ndarray, ...]

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Literal
 
 from autoshard.errors import PlacementError
-from autoshard.placements import I, Layout, Placement, R, local_segments, local_shape
+from autoshard.placements import I, Layout, Placement, R, local_segments, local_shape, padded_axes
 
 Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "slice", "place", "keep_first", "identity"]
 
@@ -58,6 +58,7 @@ CONVERSIONS = (
     Conversion("keep_first", "R", "P", "keep_first", "keep_first"),
     Conversion("all_to_all", "S", "S", "all_to_all", "all_to_all"),
 )
+PADDING = ("mask_padding", "pad_shard")  # what else emitted programs call where a dim does not divide; each rank by itself
 BY_NAME = {row.name: row for row in CONVERSIONS}
 BY_KINDS = {(row.src, row.dst): row for row in CONVERSIONS}
 
@@ -108,6 +109,14 @@ def step_arguments(layout: Layout, step: Step, shape: Sequence[int], sizes: Sequ
     if len(found) == 2:
         return (*found[0], *found[1])
     return () if not found else found[0] if found[0][1] else found[0][:1]
+
+
+def step_sizes(layout: Layout, step: Step, shape: Sequence[int], sizes: Sequence[int]) -> dict[str, int]:
+    """Keywords of `step`'s runtime function: global lengths of the dims that it gathers or cuts and that do not divide."""
+    names = ("size", "cut_size") if step.src.is_split and step.dst.is_split else ("size",)
+    split = [replace_axis(layout, step.axis, placement) for placement in (step.src, step.dst) if placement.is_split]
+    padded = [dict(padded_axes(shape, where, sizes)).get(step.axis) for where in split]
+    return {name: shape[dim] for name, dim in zip(names, padded, strict=False) if dim is not None}
 
 
 @cache

@@ -16,11 +16,11 @@ from functools import cached_property
 import torch
 
 from autoshard.conversions import COMMUNICATES, WIRE, Step, replace_axis, routes, without_gradient
-from autoshard.equations import Equation, Strategy
+from autoshard.equations import Equation
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Rule, TensorInfo
-from autoshard.placements import Layout
+from autoshard.placements import Layout, R, padded_piece
 
 OPTIMIZER_PASSES = 7
 STATE_TENSORS = 4  # parameter, gradient and two moments
@@ -55,8 +55,26 @@ class CostModel:
         return self.hardware.axis_bytes_per_s(self.mesh.shape)
 
     def local_bytes(self, value: TensorInfo, layout: Layout) -> float:
-        """Bytes that each rank holds of a value in a layout that fits it."""
-        return value.nbytes / math.prod([n for placement, n in zip(layout, self.mesh.shape, strict=True) if placement.is_split])
+        """Bytes that each rank holds of a value in a layout that fits it, padding included."""
+        held = value.nbytes / math.prod([n for placement, n in zip(layout, self.mesh.shape, strict=True) if placement.is_split])
+        if self.pads(value.shape):
+            held *= math.prod(stretch(value.shape, p.dim, n) for p, n in zip(layout, self.mesh.shape, strict=True) if p.is_split)
+        return held
+
+    def copy_s(self, value: TensorInfo, layout: Layout) -> float:
+        """Seconds of reading and writing a value once, and its gradient where it has one."""
+        once = 2 * self.local_bytes(value, layout) / self.hardware.memory_bytes_per_s + self.hardware.kernel_latency_s
+        return once * (2 if value.needs_grad else 1)
+
+    def pads(self, shape: tuple[int, ...]) -> bool:
+        """Whether some axis splits some dim of this shape unevenly."""
+        if shape not in self._pads:
+            self._pads[shape] = any(size % n and padded_piece(size, n) for size in shape for n in self.mesh.shape)
+        return self._pads[shape]
+
+    @cached_property
+    def _pads(self) -> dict[tuple[int, ...], bool]:
+        return {}
 
     def op_s(
         self, name: str, rule: Rule | None, equation: Equation | None, values: Sequence[TensorInfo], layouts: Sequence[Layout], split: float
@@ -76,10 +94,11 @@ class CostModel:
         return once * (1 + (gradients if flops else min(gradients, 1)))
 
     def whole_bytes(self, step: Step, value: TensorInfo, layout: Layout) -> float:
-        """Bytes of the value that the ranks of the step's axis hold together."""
-        both = step.src.is_split and step.dst.is_split
-        held = self.local_bytes(value, replace_axis(layout, step.axis, step.src if step.dst.is_split else step.dst))
-        return held * self.mesh.shape[step.axis] if both else held
+        """Bytes of the value that the ranks of the step's axis hold together, padding included."""
+        held = self.local_bytes(value, replace_axis(layout, step.axis, R))
+        for placement in (step.src, step.dst):
+            held *= stretch(value.shape, placement.dim, self.mesh.shape[step.axis]) if placement.is_split else 1.0
+        return held
 
     def collective_terms(self, name: str, axis: int) -> tuple[float, float]:
         """Seconds of one collective: fixed, and per byte of the value that the ranks of the axis hold together."""
@@ -102,7 +121,7 @@ class CostModel:
     def priced_routes(self, src: Layout, dst: Layout, value: TensorInfo) -> tuple[tuple[float, float, tuple[Step, ...]], ...]:
         """Every route with its fixed seconds and seconds per byte of the value; they depend on the shape only where pieces nest."""
         table = self._routes
-        key = (src, dst, value.needs_grad)
+        key = (src, dst, value.needs_grad, value.shape if self.pads(value.shape) else None)
         if key not in table:
             split = {(p.dim, axis) for layout in (src, dst) for axis, p in enumerate(layout) if p.is_split}
             nests = len({dim for dim, _ in split}) < len(split)
@@ -134,14 +153,14 @@ class CostModel:
 
 
 def _priced_routes(model: CostModel, src: Layout, dst: Layout, value: TensorInfo) -> tuple[tuple[float, float, tuple[Step, ...]], ...]:
-    unit = TensorInfo((), torch.uint8, value.needs_grad)  # one byte
+    unit = TensorInfo(value.shape if model.pads(value.shape) else (), torch.uint8, value.needs_grad)  # one byte, unless padding counts
     start = src if value.needs_grad else without_gradient(src)
     priced = []
     for route in routes(src, dst, value.shape, model.mesh.shape, value.needs_grad):
         fixed = per_byte = 0.0
         layout = start
         for step in route:
-            whole = model.whole_bytes(step, unit, layout)
+            whole = model.whole_bytes(step, unit, layout) / unit.nbytes
             for name in (step.row.forward, step.row.backward)[: 2 if value.needs_grad else 1]:
                 terms = model.collective_terms(name, step.axis)
                 fixed, per_byte = fixed + terms[0], per_byte + terms[1] * whole
@@ -150,6 +169,14 @@ def _priced_routes(model: CostModel, src: Layout, dst: Layout, value: TensorInfo
     return tuple(priced)
 
 
-def split_of(strategies: Sequence[Strategy], sizes: Sequence[int]) -> float:
-    """How many ranks share the work of an op under one strategy per axis."""
-    return math.prod(n for strategy, n in zip(strategies, sizes, strict=True) if strategy.factor)
+def split_of(equation: Equation | None, factors: Sequence[str], sizes: Sequence[int]) -> float:
+    """How many ranks share the work of an op whose `factors` are split, one per axis; work on padding is shared by none."""
+    split = [(factor, n) for factor, n in zip(factors, sizes, strict=True) if factor]
+    return math.prod(n / (stretch((equation.sizes.get(factor, n),), 0, n) if equation is not None else 1.0) for factor, n in split)
+
+
+def stretch(shape: Sequence[int], dim: int, n: int) -> float:
+    """By how much padding lengthens a dim that `n` ranks split; 1.0 where it divides. An empty shape stands for any that divides."""
+    if not shape or not shape[dim] % n:
+        return 1.0
+    return -(-shape[dim] // n) * n / shape[dim]

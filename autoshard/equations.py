@@ -19,7 +19,8 @@ On one axis of n ranks, the sound strategies are
     2. for each factor that is not whole: operands and outputs that have it split, other operands R (additive ones P
        when the factor is summed), other outputs P;
     3. for each operand marked `~`: it and the additive ones P, the others R -> outputs P.
-Operands that need no gradient take R where I is asked. Strategies on different axes compose freely while sizes divide.
+Operands that need no gradient take R where I is asked. Strategies on different axes compose freely while sizes divide. A factor that
+does not divide may be split on one axis, its pieces padded, where `may_pad` says so.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from autoshard.errors import RuleError
-from autoshard.placements import I, P, Placement, R, S
+from autoshard.placements import I, P, Placement, R, S, padded_piece
 
 Dim = tuple[str, ...]  # the factors of one dim, major first; () is a dim of size 1
 
@@ -59,6 +60,8 @@ class Equation:
     termless: frozenset[int] = frozenset()  # positions, inputs first, of operands and outputs that cannot be P
     ordered: frozenset[str] = frozenset()  # factors, without their numbers, that may not be split in segments
     settled: frozenset[str] = frozenset()  # factors, without their numbers, whose lowering leaves I where it says P
+    lowered: frozenset[str] = frozenset()  # factors, without their numbers, whose split is a lowering's
+    uneven: frozenset[str] = frozenset()  # those of them whose pieces may be padded
 
     @property
     def factors(self) -> list[str]:
@@ -222,9 +225,10 @@ def strategies(equation: Equation, n: int, segmentations: Mapping[int, Sequence[
     groups = {name: group for group in equation.joined for name in group}
     for factor in equation.factors:
         group = groups.get(factor, (factor,))
-        if factor != group[0] or equation.whole & set(group) or not _divides(equation, group, n):
+        is_padded = len(group) == 1 and equation.sizes[factor] % n > 0 and is_padded_split(equation, factor, n)
+        if factor != group[0] or equation.whole & set(group) or not (is_padded or _divides(equation, group, n)):
             continue
-        is_proposed = len(group) == 1 and base(factor) not in equation.ordered
+        is_proposed = len(group) == 1 and base(factor) not in equation.ordered and not is_padded
         proposals = [(), *(segmentations or {}).get(equation.sizes[factor], ())] if is_proposed else [()]
         for segments in proposals:
             if any(size % n for size in segments):
@@ -252,6 +256,33 @@ def _divides(equation: Equation, group: tuple[str, ...], n: int) -> bool:
 def _is_product(equation: Equation, group: tuple[str, ...]) -> bool:
     """Whether a group of linked factors makes up a dim, which is then cut as one."""
     return group in equation.linked and any(set(group) <= set(dim) for operand in equation.inputs for dim in operand.dims)
+
+
+def is_padded_split(equation: Equation, factor: str, n: int) -> bool:
+    """Whether `n` ranks may share a factor that does not divide, as padded pieces."""
+    return padded_piece(equation.sizes[factor], n) is not None and may_pad(equation, factor)
+
+
+def may_pad(equation: Equation, factor: str) -> bool:
+    """Whether the pieces of a factor may be padded: see docs/decisions/008-uneven-sizes.md.
+
+    It must stand alone in its dims. Where every output has it, padding stays what copies of the last slice give. Where none has
+    it, it is summed over, and padding must add nothing: an operand that the op is linear in is set to zero there, or the
+    lowering leaves it out.
+    """
+    if any(factor in group for group in (*equation.joined, *equation.linked)) or factor in equation.limits or factor in equation.whole:
+        return False
+    if base(factor) in equation.lowered and base(factor) not in equation.uneven:
+        return False
+    if any(factor in dim and len(dim) > 1 for operand in (*equation.inputs, *equation.outputs) for dim in operand.dims):
+        return False
+    kept = [(factor,) in operand.dims for operand in equation.outputs]
+    return all(kept) or (not any(kept) and (base(factor) in equation.uneven or bool(linear_operands(equation, factor))))
+
+
+def linear_operands(equation: Equation, factor: str) -> list[int]:
+    """Inputs, by number, that have the factor as a dim and that the op is linear in."""
+    return [k for k, operand in enumerate(equation.inputs) if operand.is_linear and (factor,) in operand.dims]
 
 
 def _split(equation: Equation, group: tuple[str, ...], segments: tuple[int, ...]) -> Strategy | None:
@@ -313,4 +344,5 @@ def divides(equation: Equation, factors: Sequence[str], sizes: Sequence[int]) ->
         for name in groups.get(factor, (factor,)) if factor else ():
             total[name] = total.get(name, 1) * n
     within = all(n <= equation.limits.get(factor, n) for factor, n in ways.items())
-    return within and not any(equation.sizes[name] % n for name, n in total.items())
+    uneven = [name for name, n in total.items() if equation.sizes[name] % n]
+    return within and all(factors.count(name) == 1 and is_padded_split(equation, name, ways[name]) for name in uneven)

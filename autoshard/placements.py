@@ -9,6 +9,10 @@
 A segmented split `S(d, segments=(q, k, v))` cuts each of the consecutive segments of dim d by itself, so that a rank
 holds its part of every segment. When one dim is split on several axes the pieces nest, outermost axis first: each
 placement cuts the piece that the axes before it left.
+
+A dim that does not divide may be split by one axis, plainly: all pieces but the last have the length ceil(size / ranks).
+At rest (`shard`, a DTensor) the last piece is shorter; inside a program it is padded to the length of the others, a value
+with copies of its last slice, a gradient with zeros. Proof: docs/decisions/008-uneven-sizes.md.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ import torch
 
 from autoshard.errors import PlacementError
 from autoshard.mesh import MeshSpec
-from autoshard.runtime import cut, join
+from autoshard.runtime import cut, join, lengthen
 from autoshard.symbolic import Size
 
 Kind = Literal["S", "P", "R", "I"]
+LEAST_PER_PADDING = 8  # at most one in eight positions of a padded dim is padding
 
 
 @dataclass(frozen=True, order=True)
@@ -97,6 +102,23 @@ def parse_layout(text: str, mesh: MeshSpec) -> Layout:
     return tuple(Placement.parse(placement) for placement, _, _ in parts)
 
 
+def padded_piece(size: int, n: int) -> int | None:
+    """Length of each of `n` pieces of a dim when the last is padded.
+
+    None where a piece would be empty or too much padding, and for a size that may change: its pieces are alike at every size.
+    """
+    if isinstance(size, Size):
+        return None
+    piece = -(-size // n)
+    padding = piece * n - size
+    return piece if padding < piece and LEAST_PER_PADDING * padding <= piece * n else None
+
+
+def padded_axes(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Axes (by number) that split a dim which does not divide, each with that dim; the layout fits the shape."""
+    return [(axis, p.dim) for axis, (p, n) in enumerate(zip(layout, sizes, strict=True)) if p.is_split and shape[p.dim] % n]
+
+
 def local_segments(layout: Layout, axis: int, shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...] | None:
     """Segments that axis number `axis` cuts, within the piece that the axes before it left; None when they cannot nest.
 
@@ -120,13 +142,19 @@ def local_segments(layout: Layout, axis: int, shape: Sequence[int], sizes: Seque
 
 
 def local_shape(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> tuple[int, ...] | None:
-    """Shape that every rank holds, or None when the dims do not divide evenly or segments do not fit."""
+    """Shape that every rank holds inside a program, or None when dims neither divide nor can be padded, or segments do not fit."""
     local = list(shape)
     for axis, placement in enumerate(layout):
         if not placement.is_split:
             continue
-        if placement.dim >= len(local) or local[placement.dim] % sizes[axis] or not local[placement.dim]:
+        if placement.dim >= len(local) or not local[placement.dim]:
             return None
+        if local[placement.dim] % sizes[axis]:
+            piece = padded_piece(shape[placement.dim], sizes[axis])
+            if piece is None or placement.segments or _ways(layout, placement.dim, sizes) != sizes[axis]:
+                return None
+            local[placement.dim] = piece
+            continue
         if placement.segments and (sum(placement.segments) != shape[placement.dim] or isinstance(shape[placement.dim], Size)):
             return None  # segments are fixed lengths, which a size that may change does not consist of
         segments = local_segments(layout, axis, shape, sizes)
@@ -136,8 +164,12 @@ def local_shape(shape: Sequence[int], layout: Layout, sizes: Sequence[int]) -> t
     return tuple(local)
 
 
+def _ways(layout: Layout, dim: int, sizes: Sequence[int]) -> int:
+    return math.prod(n for p, n in zip(layout, sizes, strict=True) if p.is_split and p.dim == dim)
+
+
 def shard(tensor: torch.Tensor, layout: Layout, mesh: MeshSpec, coordinate: Sequence[int]) -> torch.Tensor:
-    """The piece of a whole tensor that the rank at `coordinate` holds; P keeps the value on the first rank of its axis."""
+    """The piece of a whole tensor that the rank at `coordinate` holds at rest; P keeps the value on the first rank of its axis."""
     for axis, placement in enumerate(layout):
         if placement.is_split:
             segments = local_segments(layout, axis, _grown(tensor, layout, mesh, axis), mesh.shape)
@@ -148,8 +180,15 @@ def shard(tensor: torch.Tensor, layout: Layout, mesh: MeshSpec, coordinate: Sequ
     return tensor
 
 
-def unshard(pieces: Sequence[torch.Tensor], layout: Layout, mesh: MeshSpec) -> torch.Tensor:
-    """The global value of one local tensor per rank, in rank order."""
+def pad(piece: torch.Tensor, layout: Layout, shape: Sequence[int], mesh: MeshSpec, is_gradient: bool = False) -> torch.Tensor:
+    """The piece of a tensor of `shape` as it is inside a program: padded where its dims do not divide."""
+    for axis, dim in padded_axes(shape, layout, mesh.shape):
+        piece = lengthen(piece, dim, -(-shape[dim] // mesh.shape[axis]), is_gradient)
+    return piece
+
+
+def unshard(pieces: Sequence[torch.Tensor], layout: Layout, mesh: MeshSpec, shape: Sequence[int] = ()) -> torch.Tensor:
+    """The global value of one local tensor per rank, in rank order. `shape` is needed where the tensors may be padded."""
     pieces = list(pieces)
     for axis in reversed(range(mesh.ndim)):
         placement, size = layout[axis], mesh.shape[axis]
@@ -163,7 +202,7 @@ def unshard(pieces: Sequence[torch.Tensor], layout: Layout, mesh: MeshSpec) -> t
             pieces = [join(group, placement.dim, segments) for group in groups]
         else:
             pieces = [sum(group[1:], group[0]) if placement == P else group[0] for group in groups]
-    return pieces[0]
+    return pieces[0][tuple(slice(size) for size in shape)] if shape else pieces[0]
 
 
 def _grown(tensor: torch.Tensor, layout: Layout, mesh: MeshSpec, axis: int) -> list[int]:

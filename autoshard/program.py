@@ -18,7 +18,7 @@ from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import I, Layout, R
 from autoshard.symbolic import Size, Symbol, at, sizes_in
 
-Role = Literal["parameter", "buffer", "input", "op", "conversion", "projection", "update", "output"]
+Role = Literal["parameter", "buffer", "input", "op", "conversion", "mask", "projection", "update", "output"]
 META_KEY = "autoshard"
 _STRANGERS = (3, 5, 7, 11, 13, 17)
 
@@ -197,6 +197,13 @@ def producer(node: fx.Node) -> tuple[fx.Node, int]:
 def is_sized(node: fx.Node) -> bool:
     """Whether an argument or a result of the node has a size that may change from call to call."""
     return any(True for _ in sizes_in([node.args, node.kwargs, *(value.shape for value in facts(node).values)]))
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The node whose value `node` is but for padding: masks are looked through."""
+    while facts(node).role == "mask":
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def native_layout(ndim: int, needs_grad: bool) -> Layout:

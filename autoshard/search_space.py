@@ -24,7 +24,7 @@ from autoshard.conversion_table import ConversionTable
 from autoshard.costs import CostModel
 from autoshard.errors import ConstraintError
 from autoshard.ops.row import TensorInfo
-from autoshard.placements import I, Layout, P, Placement, R
+from autoshard.placements import I, Layout, P, Placement, R, padded_piece
 from autoshard.program import Program, facts, native_layout, producer, tensor_operands
 from autoshard.solver import Problem
 
@@ -270,9 +270,12 @@ class SearchSpace:
             if user in self.domains:
                 continue
             for row, (have, other) in enumerate(ways):
-                wanted = self.chosen[user].inputs[k] if user in self.chosen else leaving_layout(have, info, self.wants_whole_outputs)
+                wanted = self.chosen[user].inputs[k] if user in self.chosen else self._leaves_as(have, info)
                 total[row] += min(self._route_s(layout, wanted, info) for layout in dict.fromkeys((have, other or have)))
         return total
+
+    def _leaves_as(self, have: Layout, info: TensorInfo) -> Layout:
+        return leaving_layout(have, info, self.wants_whole_outputs, self.program.mesh.shape)
 
     def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         info, have = facts(value[0]).values[value[1]], self.fixed[value]
@@ -340,7 +343,7 @@ def _size_advice(dim: int, shape: Sequence[int], axis: str, n: int) -> list[str]
     """Why axis `axis` of `n` ranks cannot split `dim`, and which size it could; nothing where it can."""
     if dim >= len(shape):
         return [f"there is no dim {dim}, its dims are 0 to {len(shape) - 1}" if shape else f"there is no dim {dim}, it is a single number"]
-    if shape[dim] and shape[dim] % n == 0:
+    if shape[dim] and padded_piece(shape[dim], n) is not None:
         return []
     near = f"{max(shape[dim] // n, 1) * n} or {(shape[dim] // n + 1) * n} would work"
     return [f"dim {dim} has size {shape[dim]}, axis {axis} of {n} ranks needs a multiple of {n}: {near}"]

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from autoshard import autocast
 from autoshard.mesh import MeshSpec
-from autoshard.placements import shard, unshard
+from autoshard.placements import padded_axes, shard, unshard
 from autoshard.program import Program, arguments, facts, is_of_runtime
-from autoshard.runtime import Collective, cut, join, mix, seeded
+from autoshard.runtime import Collective, change_padding, cut, join, mix, pad_cut, pad_shard, seeded, trim_joined
 
 
 class Ranks:
@@ -178,8 +178,15 @@ class _Apply(torch.autograd.Function):
 
 def run_group(collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """One collective on the tensors of one group: the specification of autoshard.runtime.run."""
-    name, dim, segments, cut_dim, cut_segments = collective
+    results = _run_group(collective, [pad_cut(collective, x, len(values)) for x in values])
+    return [trim_joined(collective, x) for x in results]
+
+
+def _run_group(collective: Collective, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    name, dim, segments, cut_dim, cut_segments = collective[:5]
     count = len(values)
+    if name in ("pad", "unpad", "mask"):
+        return [change_padding(collective, x, rank, count) for rank, x in enumerate(values)]
     if name == "identity":
         return list(values)
     if name == "all_gather":
@@ -214,7 +221,7 @@ class Simulation:
     def whole(self, name: str) -> torch.Tensor:
         """The global value of a node, put together from its ranks."""
         node = next(n for n in self.program.graph.nodes if n.name == name)
-        return unshard(self.values[name].values, facts(node).layout, self.program.mesh)
+        return unshard(self.values[name].values, facts(node).layout, self.program.mesh, facts(node).value.shape)
 
     def gradient(self, name: str) -> torch.Tensor | None:
         """The global gradient of the parameter called `name`, after backward; None when none reached it."""
@@ -261,8 +268,9 @@ def run_program(
             break
         if node.op == "placeholder":
             given = inputs[known.name] if known.role == "input" else tensors[known.name]
-            env[node] = given if isinstance(given, Ranks) else _spread(given, node, program)
-            (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = env[node]
+            held = given if isinstance(given, Ranks) else _spread(given, node, program)
+            (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = held
+            env[node] = _padded(held, node, program, axes)
         else:
             with autocast.entered(known.autocast):
                 env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)
@@ -273,6 +281,14 @@ def run_program(
 def _spread(tensor: torch.Tensor, node: fx.Node, program: Program) -> Ranks:
     pieces = [shard(tensor.detach(), facts(node).layout, program.mesh, at).clone() for at in program.mesh.coordinates()]
     return Ranks([piece.requires_grad_() if facts(node).needs_grad else piece for piece in pieces])
+
+
+def _padded(x: Ranks, node: fx.Node, program: Program, axes: Mapping[str, SimulatedAxis]) -> Ranks:
+    """What lies at rest, as the program reads it."""
+    shape = facts(node).value.shape
+    for axis, dim in padded_axes(shape, facts(node).layout, program.mesh.shape):
+        x = pad_shard(x, axes[program.mesh.axes[axis]], dim, shape[dim])  # type: ignore[arg-type,assignment]
+    return x
 
 
 def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int | None) -> Any:

@@ -28,8 +28,8 @@ from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.passes.localize_shapes import LocalizeShapes
-from autoshard.placements import Layout, P, R, shard
-from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, tensor_operands
+from autoshard.placements import Layout, P, R, pad, shard
+from autoshard.program import Facts, Program, arguments, call_of, facts, op_name, set_facts, source_of, tensor_operands
 from autoshard.rules import describe, rule_of
 from autoshard.simulator import Ranks, SimulatedAxis, _run_node
 
@@ -191,21 +191,24 @@ class OpCase:
         program, node = self.program(candidate, is_localized)
         generator = torch.Generator().manual_seed(1)
         env: dict[fx.Node, Any] = {}
-        for operand, x, layout in zip(tensor_operands(node), self.operands, candidate.inputs, strict=True):
+        operands = [source_of(operand) for operand in tensor_operands(node)]
+        for operand, x, layout in zip(operands, self.operands, candidate.inputs, strict=True):
             pieces = spread(x.detach(), layout, self.mesh, generator)
             env[operand] = Ranks([piece.requires_grad_(_wants_gradient(x)) for piece in pieces])
         axes = {name: SimulatedAxis(self.mesh, name) for name in self.mesh.axes}
-        result = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), 0)
+        for each in program.nodes("mask", "op"):
+            env[each] = _run_node(program, each, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), 0)
+        result = env[node]
         outputs = [list(column) for column in zip(*map(_tensors, result.values), strict=True)]
         roots: list[Tensor] = []
         seeds: list[Tensor] = []
         for pieces, cotangent, layout in zip(outputs, self.cotangents, candidate.outputs, strict=True):
             if cotangent is not None:
-                given = zip(pieces, spread(cotangent, dual(layout), self.mesh, generator), strict=True)
+                given = zip(pieces, spread(cotangent, dual(layout), self.mesh, generator, is_gradient=True), strict=True)
                 kept = [(piece, seed) for piece, seed in given if piece.requires_grad]
                 roots, seeds = [*roots, *(piece for piece, _ in kept)], [*seeds, *(seed for _, seed in kept)]
         torch.autograd.backward(roots, seeds)
-        return Run([env[operand].values for operand in tensor_operands(node)], outputs)
+        return Run([env[operand].values for operand in operands], outputs)
 
     def _node(self) -> tuple[fx.Node, dict[fx.Node, Tensor]]:
         """The op on placeholders, in a graph of its own; the tensor that each placeholder stands for."""
@@ -237,8 +240,12 @@ def dual(layout: Layout) -> Layout:
     return tuple({"P": R, "R": P}.get(placement.kind, placement) for placement in layout)
 
 
-def spread(value: Tensor, layout: Layout, mesh: MeshSpec, generator: torch.Generator) -> list[Tensor]:
-    """One local tensor per rank; under P random terms, the same on ranks that hold the same term."""
+def spread(value: Tensor, layout: Layout, mesh: MeshSpec, generator: torch.Generator, is_gradient: bool = False) -> list[Tensor]:
+    """One local tensor per rank, padded; under P random terms, the same on ranks that hold the same term."""
+    return [pad(piece, layout, value.shape, mesh, is_gradient) for piece in _terms(value, layout, mesh, generator)]
+
+
+def _terms(value: Tensor, layout: Layout, mesh: MeshSpec, generator: torch.Generator) -> list[Tensor]:
     pieces = [shard(value, layout, mesh, at).clone() for at in mesh.coordinates()]
     if P not in layout:
         return pieces
@@ -253,9 +260,15 @@ def spread(value: Tensor, layout: Layout, mesh: MeshSpec, generator: torch.Gener
     return [piece + terms[_along(at, layout, "S")][_along(at, layout, "P")] for at, piece in zip(mesh.coordinates(), pieces, strict=True)]
 
 
-def difference(pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh: MeshSpec, relative: float = 1e-8) -> str:
-    """How local tensors that lie as `layout` miss the global value that they should make, on any rank; "" when they make it."""
-    wanted = [shard(expected, tuple(R if p == P else p for p in layout), mesh, at) for at in mesh.coordinates()]
+def difference(
+    pieces: Sequence[Tensor], layout: Layout, expected: Tensor, mesh: MeshSpec, relative: float = 1e-8, is_gradient: bool = False
+) -> str:
+    """How local tensors that lie as `layout` miss the global value that they should make, on any rank; "" when they make it.
+
+    Padding counts: copies of the last slice, or zeros when it is a gradient.
+    """
+    held = tuple(R if p == P else p for p in layout)
+    wanted = [pad(shard(expected, held, mesh, at), held, expected.shape, mesh, is_gradient) for at in mesh.coordinates()]
     for piece, want in zip(pieces, wanted, strict=True):
         if piece.shape != want.shape:
             return f"has shape {list(piece.shape)} on a rank, should have {list(want.shape)}"
@@ -278,17 +291,17 @@ def failure_of(case: OpCase, candidate: Candidate, is_localized: bool = True) ->
     except Exception as error:  # an op may raise anything on operands that do not fit together
         return f"raises {type(error).__name__}: {str(error).splitlines()[0]}"
     names = [f"output {k}" if len(case.outputs) > 1 else "output" for k in range(len(case.outputs))]
-    checks = list(zip(names, run.outputs, candidate.outputs, case.outputs, strict=True))
+    checks = [(*check, False) for check in zip(names, run.outputs, candidate.outputs, case.outputs, strict=True)]
     for name, pieces, layout, after, gradient in zip(case.names, run.operands, candidate.inputs, case.written, case.gradients, strict=True):
         if gradient is not None:
             local = [torch.zeros_like(x) if x.grad is None else x.grad for x in pieces]
-            checks.append((f"gradient of {name}", local, dual(layout), gradient))
+            checks.append((f"gradient of {name}", local, dual(layout), gradient, True))
         else:
-            checks.append((f"{name} after the op", pieces, layout, after))
+            checks.append((f"{name} after the op", pieces, layout, after, False))
     precisions = [torch.finfo(x.dtype).eps for x in (*case.operands, *case.outputs) if is_differentiable(x.dtype)]
     relative = max(1e-16, *precisions) ** 0.5 if precisions else 0.0
-    for name, pieces, layout, expected in checks:
-        if text := difference(pieces, layout, expected, case.mesh, relative):
+    for name, pieces, layout, expected, is_gradient in checks:
+        if text := difference(pieces, layout, expected, case.mesh, relative, is_gradient):
             return f"{name} {text}"
     return ""
 

@@ -32,12 +32,13 @@ class MeteredAxis:
     rank: int = 0
 
     def convert(self, x: torch.Tensor, forward: Collective, backward: Collective) -> torch.Tensor:
+        x = runtime.pad_cut(forward, x, self.size)
         whole = x.numel() * x.element_size() * (self.size if forward.name in ("all_gather", "all_to_all", "rotate") else 1)
         self.sent.append((self.name, forward.name, whole))
         if x.requires_grad:
             self.sent.append((self.name, backward.name, whole))
         if forward.name == "all_gather":
-            return torch.cat([x] * self.size, forward.dim)
+            return runtime.trim_joined(forward, torch.cat([x] * self.size, forward.dim))
         return x.chunk(self.size, forward.dim)[0] if forward.name in ("reduce_scatter", "slice") else x
 
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:

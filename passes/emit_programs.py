@@ -19,10 +19,10 @@ import torch
 from torch import fx
 
 from autoshard.autocast import Autocast, State
-from autoshard.conversions import BY_NAME
+from autoshard.conversions import BY_NAME, PADDING
 from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
-from autoshard.placements import format_layout
+from autoshard.placements import format_layout, padded_axes
 from autoshard.program import Facts, Program, facts, is_of_runtime
 from autoshard.regions import results, statistics
 from autoshard.symbolic import Size, Symbol
@@ -43,7 +43,7 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
-        imported = sorted(used & {*BY_NAME, *lowerings()})
+        imported = sorted(used & {*BY_NAME, *lowerings(), *PADDING})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -117,7 +117,7 @@ def _constants(program: Program) -> list[str]:
     lines = ["    def constants(self):"]
     axes = ", ".join(program.mesh.axes)
     needed = [node for node in program.nodes() if facts(node).is_constant]
-    if any(facts(node).role == "conversion" or facts(node).op is not None for node in needed):
+    if any(facts(node).role in ("conversion", "mask") or facts(node).op is not None for node in needed):
         lines.append(f"        {axes}{',' if program.mesh.ndim == 1 else ''} = self.axes")
     text = _Text(program, lines)
     for node in needed:
@@ -137,6 +137,9 @@ def _forward(program: Program) -> list[str]:
     lines = [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
     lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_frontier(node)]
     text = _Text(program, lines)
+    for node in program.nodes("input"):
+        if _is_padded(program, node):
+            text.compute(node)
     for number, run in itertools.groupby(program.nodes(), lambda node: facts(node).recompute):
         nodes = list(run)
         if number is None or not results(nodes):
@@ -169,7 +172,7 @@ class _Text:
             return
         if known.role in ("op", "update"):
             self.enter(known.autocast)
-        if known.role in ("op", "conversion", "projection", "update"):
+        if known.role in ("op", "conversion", "mask", "projection", "update"):
             self._say_where(known)
         operands = list(dict.fromkeys(node.all_input_nodes))
         for operand in operands:
@@ -181,7 +184,7 @@ class _Text:
         self.dying += [operand.name for operand in own if self.last_use.get(operand) is node and operand.op != "placeholder"]
 
     def compute(self, node: fx.Node) -> None:
-        """A constant: no comments, and nothing is deleted."""
+        """A constant, or an input as it is padded: no comments, and nothing is deleted."""
         self.enter(facts(node).autocast)
         self._write(_statement(self.program, node))
 
@@ -219,7 +222,7 @@ class _Text:
             self.margin += "    "
 
     def _say_where(self, known: Facts) -> None:
-        if known.role == "conversion":
+        if known.role in ("conversion", "mask"):
             return
         if known.source.module != self.module:
             self._write([*_delete(self.dying), f"# ---- {known.source.module or 'the model itself'} ({known.source.module_class})"])
@@ -259,26 +262,42 @@ def _delete(names: list[str]) -> list[str]:
 
 def _statement(program: Program, node: fx.Node) -> Iterator[str]:
     known = facts(node)
-    text = _expression(node, known) if known.role == "update" else f"{node.name} = {_expression(node, known)}"
+    text = f"{node.name} = {_placeholder(program, node) if node.op == 'placeholder' else _expression(node, known)}"
+    if known.role == "update":
+        text = _expression(node, known)
     comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
     if known.role == "conversion":
         row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
         comment += f"   {both}"
+    if known.role == "mask":
+        comment += "   zero at padding"
     yield f"{text.ljust(_COMMENT_COLUMN - 8)}  # {comment}"
 
 
+def _is_padded(program: Program, node: fx.Node) -> bool:
+    return bool(padded_axes(facts(node).value.shape, facts(node).layout, program.mesh.shape))
+
+
+def _placeholder(program: Program, node: fx.Node) -> str:
+    """What lies at rest or is given, padded where its dims do not divide."""
+    known = facts(node)
+    text = node.name if known.role == "input" else f"self.tensor({quoted(known.name)})"
+    for axis, dim in padded_axes(known.value.shape, known.layout, program.mesh.shape):
+        text = f"pad_shard({text}, {program.mesh.axes[axis]}, {dim}, size={known.value.shape[dim]})"
+    return text
+
+
 def _expression(node: fx.Node, known: Facts) -> str:
-    if node.op == "placeholder":
-        return f"self.tensor({quoted(known.name)})"
     args = [_value(value) for value in node.args]
     if known.recompute is not None and known.role == "op":
         written = {buffer.name: f"self.once({quoted(facts(buffer).name)})" for buffer in statistics(node)}
         args = [written.get(arg, arg) for arg in args]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
-    if known.role == "conversion":
-        return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:]])})"  # type: ignore[union-attr]
+    if known.role in ("conversion", "mask"):
+        sizes = [f"{key}={_value(value)}" for key, value in node.kwargs.items()]
+        return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:], *sizes])})"  # type: ignore[union-attr]
     target = str(node.target)
     if target in _OPERATORS and len(args) == 2 and not node.kwargs:
         return f"{args[0]} {_OPERATORS[target]} {args[1]}"

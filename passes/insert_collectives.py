@@ -7,12 +7,13 @@ another wanted layout. A value that is pinned is converted to the pin first and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from autoshard import runtime
 from autoshard.candidates import leaving_layout
-from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments, without_gradient
+from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
 from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
@@ -52,10 +53,11 @@ class InsertCollectives:
             return [tuple(c) if facts(o).needs_grad else without_gradient(tuple(c)) for o, c in zip(operands, columns, strict=True)]
         if facts(node).role == "update":
             return [native_layout(ndim, False) for _ in operands]
-        return [self._leaving(facts(o)) for o in operands]
+        return [self._leaving(facts(o), program.mesh.shape) for o in operands]
 
-    def _leaving(self, known: Facts) -> Layout:
-        return leaving_layout(known.hub if known.is_pinned and known.hub else known.layout, known.value, self.wants_whole_outputs)
+    def _leaving(self, known: Facts, sizes: tuple[int, ...]) -> Layout:
+        made = known.hub if known.is_pinned and known.hub else known.layout
+        return leaving_layout(made, known.value, self.wants_whole_outputs, sizes)
 
 
 class _Router:
@@ -117,7 +119,10 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
             f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}"
         )
     args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
+    kwargs: dict[str, Any] = step_sizes(known.layout, step, known.value.shape, program.mesh.shape)
     stem = known.name if known.role == "conversion" else node.name
-    new = program.graph.create_node("call_function", getattr(runtime, step.row.name), (node, axis, *args), name=f"{stem}_{step.row.name}")
+    new = program.graph.create_node(
+        "call_function", getattr(runtime, step.row.name), (node, axis, *args), kwargs, name=f"{stem}_{step.row.name}"
+    )
     set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant))
     return new

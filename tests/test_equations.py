@@ -91,7 +91,8 @@ def test_linear() -> None:
         "P, R, P -> P",
         "R, P, P -> P",
     ]
-    assert splits(equation, 3) == ["i: S(2), S(1), P -> P", "P, R, P -> P", "R, P, P -> P"]
+    padded = "o: R, S(0), S(0) -> S(2)"  # 8 on three ranks: pieces of 3, one of nine positions is padding
+    assert splits(equation, 3) == ["i: S(2), S(1), P -> P", padded, "P, R, P -> P", "R, P, P -> P"]
 
 
 def test_trailing_operands_may_be_absent() -> None:

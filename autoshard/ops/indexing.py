@@ -258,7 +258,12 @@ def _split_dim(function: str) -> Lowering:
 
 
 ROWS: dict[str, Rule] = {
-    **rows("embedding", Rule(embedding, Lowering("embedding", {"v": "row_axes"}, ordered=frozenset("v")))),
+    **rows(
+        "embedding",
+        Rule(
+            embedding, Lowering("embedding", {"v": "row_axes"}, ordered=frozenset("v"), uneven=frozenset("v"), skips_padding=frozenset("v"))
+        ),
+    ),
     **rows("index.Tensor", Rule(index, Lowering("index", _INDEX_AXES, ordered=_ORDERED))),
     **rows("index_put", Rule(index_put, Lowering("index_put", _INDEX_AXES, ordered=_ORDERED))),
     **rows("index_select", Rule(index_select, _split_dim("index_select"))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autoshard.ops.row import Call, Lowering, Rule, rows, spell
 
 _NONE, _MEAN, _SUM = 0, 1, 2
@@ -69,7 +71,7 @@ POINTWISE = [
 ]
 
 ROWS: dict[str, Rule] = {
-    **rows("cross_entropy_loss", Rule(cross_entropy, _of_classes("cross_entropy"))),
+    **rows("cross_entropy_loss", Rule(cross_entropy, replace(_of_classes("cross_entropy"), uneven=_CLASSES))),
     **rows("nll_loss nll_loss2d nll_loss_nd", Rule(cross_entropy, _of_classes("nll_loss"))),
     **{op: rule for name in POINTWISE for op, rule in rows(name, Rule(pointwise_loss, _averaged(name))).items()},
     **rows("triplet_margin_loss", Rule(sample_loss, _averaged("triplet_margin_loss"))),

@@ -163,7 +163,7 @@ ROWS: dict[str, Rule] = {
     **rows("topk", Rule(topk)),
     **rows("sum sum.dim_IntList", Rule(reduction)),
     **rows("nansum count_nonzero count_nonzero.dim_IntList", Rule(counted)),
-    **rows("mean mean.dim", Rule(reduction, Lowering("mean", _SPLIT))),
+    **rows("mean mean.dim", Rule(reduction, Lowering("mean", _SPLIT, uneven=DIMS))),
     **rows("nanmean", Rule(counted, Lowering("nanmean", _SPLIT))),
     **rows("var var.dim var.correction", Rule(settled_reduction, _settled("var"))),
     **rows("std std.dim std.correction", Rule(settled_reduction, _settled("std"))),

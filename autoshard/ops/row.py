@@ -56,12 +56,16 @@ class Lowering:
     It takes the op's own arguments and, per entry of `axes` (factor without its number -> keyword, or several), the mesh axes
     that split the factor. Factors in `settled` leave outputs that lack them I rather than P: the lowering sums inside.
     `ordered` factors cannot be split in segments: the lowering counts positions from the rank's number.
+    `uneven` factors may be padded: the lowering then takes a keyword `*_sizes` beside its `*_axes`, the global length per axis
+    (0 where it divides). Operands that it is linear in are zero at padding, unless it `skips_padding` of that factor by itself.
     """
 
     function: str
     axes: Mapping[str, str]
     settled: frozenset[str] = frozenset()
     ordered: frozenset[str] = frozenset()
+    uneven: frozenset[str] = frozenset()
+    skips_padding: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ class Rule:
         equation = bind(text, [t.shape for t in call.inputs], [t.shape for t in call.outputs], sizes)
         termless = frozenset(k for k, t in enumerate((*call.inputs, *call.outputs)) if not _has_terms(t.dtype))
         if self.lowering is not None:
+            lowered = frozenset(self.lowering.axes)
             equation = replace(equation, ordered=self.lowering.ordered, settled=self.lowering.settled)
+            equation = replace(equation, lowered=lowered, uneven=self.lowering.uneven)
         return replace(equation, termless=termless, limits=limits)
 
 

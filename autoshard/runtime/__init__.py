@@ -7,16 +7,21 @@ an op where some of its factors are split, named by rows of autoshard.ops.
 from .attention import *  # noqa: F403
 from .axes import Axis as Axis
 from .axes import Collective as Collective
+from .axes import change_padding as change_padding
 from .axes import cut as cut
 from .axes import join as join
+from .axes import lengthen as lengthen
+from .axes import pad_cut as pad_cut
 from .axes import position as position
 from .axes import run as run
+from .axes import trim_joined as trim_joined
 from .conversions import *  # noqa: F403
 from .convolution import *  # noqa: F403
 from .expert_dispatch import *  # noqa: F403
 from .indexing import *  # noqa: F403
 from .loss import *  # noqa: F403
 from .normalization import *  # noqa: F403
+from .padding import *  # noqa: F403
 from .program import Program as Program
 from .program import mix as mix
 from .program import seeded as seeded

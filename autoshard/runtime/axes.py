@@ -12,13 +12,20 @@ Segments = tuple[int, ...]
 
 
 class Collective(NamedTuple):
-    """What one direction of a conversion runs: a name, the dim (all_to_all: also the dim to cut; rotate: the distance) and segments."""
+    """What one direction of a conversion runs: a name, the dim (all_to_all: also the dim to cut; rotate: the distance) and segments.
+
+    `size` and `cut_size` are the global lengths of dims that do not divide, 0 for others: what is cut is padded first, what is
+    joined is trimmed to them. Padding of a value is a copy of its last slice, of a gradient zero.
+    """
 
     name: str
     dim: int = 0
     segments: Segments = ()
     cut_dim: int = 0
     cut_segments: Segments = ()
+    size: int = 0
+    cut_size: int = 0
+    is_gradient: bool = False
 
 
 class Axis(NamedTuple):
@@ -93,6 +100,45 @@ def join(pieces: Sequence[Tensor], dim: int, segments: Sequence[int]) -> Tensor:
     return torch.cat([part for segment in zip(*columns, strict=True) for part in segment], dim)
 
 
+def lengthen(x: Tensor, dim: int, length: int, is_gradient: bool = False) -> Tensor:
+    """`x` with padding at the end of `dim`: copies of the last slice, or zeros for a gradient."""
+    missing = length - x.shape[dim]
+    if missing == 0:
+        return x
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    padding = (torch.zeros_like(last) if is_gradient else last).expand([missing if k == dim else n for k, n in enumerate(x.shape)])
+    return torch.cat([x, padding], dim)
+
+
+def pad_cut(collective: Collective, x: Tensor, parts: int) -> Tensor:
+    """`x` with the dim that `collective` cuts made long enough for equal pieces."""
+    is_exchange = collective.name == "all_to_all"
+    dim, size = (collective.cut_dim, collective.cut_size) if is_exchange else (collective.dim, collective.size)
+    if not size or not (is_exchange or collective.name in ("reduce_scatter", "slice")):
+        return x
+    return lengthen(x, dim, -(-size // parts) * parts, collective.is_gradient)
+
+
+def trim_joined(collective: Collective, x: Tensor) -> Tensor:
+    """`x` without the padding of the dim that `collective` joined."""
+    if not collective.size or collective.name not in ("all_gather", "place", "all_to_all"):
+        return x
+    return x.narrow(collective.dim, 0, collective.size).contiguous()
+
+
+def change_padding(collective: Collective, x: Tensor, rank: int, parts: int) -> Tensor:
+    """`pad`, `unpad` or `mask` the piece of one rank; only the last piece has any padding."""
+    name, dim, size = collective.name, collective.dim, collective.size
+    piece = -(-size // parts)
+    held = min(piece, size - rank * piece)
+    if name == "pad":
+        return lengthen(x, dim, piece, collective.is_gradient)
+    if held == x.shape[dim]:
+        return x
+    kept = x.narrow(dim, 0, held)
+    return kept.contiguous() if name == "unpad" else lengthen(kept, dim, piece, is_gradient=True)
+
+
 def wait(x: Tensor) -> Tensor:
     """The result of a functional collective, when it is there."""
     return torch.ops._c10d_functional.wait_tensor(x)
@@ -100,12 +146,18 @@ def wait(x: Tensor) -> Tensor:
 
 def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
     """Run one collective on this rank's tensor."""
+    return trim_joined(collective, _run(collective, pad_cut(collective, x, axis.size), axis))
+
+
+def _run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
     if x.is_complex():  # backends move real numbers
-        return torch.view_as_complex(run(collective, torch.view_as_real(x), axis))
-    name, dim, segments, cut_dim, cut_segments = collective
+        return torch.view_as_complex(_run(collective, torch.view_as_real(x), axis))
+    name, dim, segments, cut_dim, cut_segments = collective[:5]
     ops = torch.ops._c10d_functional
     if name == "identity":
         return x
+    if name in ("pad", "unpad", "mask"):
+        return change_padding(collective, x, axis.rank, axis.size)
     if name == "all_gather":
         whole = wait(ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
         return whole if dim == 0 and not segments and x.dim() else join(whole.chunk(axis.size), dim, segments)

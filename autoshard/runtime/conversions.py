@@ -17,7 +17,9 @@ ranks holding A and B (`=>` forward, `<=` backward):
     keep_first             A | A  =>  A | 0          keep_first      <=
     all_to_all             AC | BD  =>  AB | CD      all_to_all      <=
 
-Segments are sizes along a dim that are cut each by itself; () cuts the dim as one.
+Segments are sizes along a dim that are cut each by itself; () cuts the dim as one. `size` is the global length of a dim that
+does not divide (`cut_size` of the one that all_to_all cuts): its pieces have the length ceil(size / ranks), the last is padded,
+and what is gathered is trimmed. ABC on two ranks is AB | CC as a value and AB | C0 as a gradient.
 """
 
 from __future__ import annotations
@@ -46,14 +48,18 @@ __all__ = [
 ]
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def all_gather(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """S(dim) -> R."""
-    return axis.convert(x, Collective("all_gather", dim, segments), Collective("reduce_scatter", dim, segments))
+    return axis.convert(
+        x, Collective("all_gather", dim, segments, size=size), Collective("reduce_scatter", dim, segments, size=size, is_gradient=True)
+    )
 
 
-def all_gather_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def all_gather_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """S(dim) -> I."""
-    return axis.convert(x, Collective("all_gather", dim, segments), Collective("slice", dim, segments))
+    return axis.convert(
+        x, Collective("all_gather", dim, segments, size=size), Collective("slice", dim, segments, size=size, is_gradient=True)
+    )
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -66,9 +72,11 @@ def all_reduce_invariant(x: Tensor, axis: Axis) -> Tensor:
     return axis.convert(x, Collective("all_reduce"), Collective("identity"))
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def reduce_scatter(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """P -> S(dim)."""
-    return axis.convert(x, Collective("reduce_scatter", dim, segments), Collective("all_gather", dim, segments))
+    return axis.convert(
+        x, Collective("reduce_scatter", dim, segments, size=size), Collective("all_gather", dim, segments, size=size, is_gradient=True)
+    )
 
 
 def vary(x: Tensor, axis: Axis) -> Tensor:
@@ -76,9 +84,11 @@ def vary(x: Tensor, axis: Axis) -> Tensor:
     return axis.convert(x, Collective("identity"), Collective("all_reduce"))
 
 
-def slice_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def slice_invariant(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """I -> S(dim)."""
-    return axis.convert(x, Collective("slice", dim, segments), Collective("all_gather", dim, segments))
+    return axis.convert(
+        x, Collective("slice", dim, segments, size=size), Collective("all_gather", dim, segments, size=size, is_gradient=True)
+    )
 
 
 def keep_first_invariant(x: Tensor, axis: Axis) -> Tensor:
@@ -91,14 +101,14 @@ def unvary(x: Tensor, axis: Axis) -> Tensor:
     return axis.convert(x, Collective("identity"), Collective("keep_first"))
 
 
-def slice_varying(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def slice_varying(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """R -> S(dim)."""
-    return axis.convert(x, Collective("slice", dim, segments), Collective("place", dim, segments))
+    return axis.convert(x, Collective("slice", dim, segments, size=size), Collective("place", dim, segments, size=size, is_gradient=True))
 
 
-def place(x: Tensor, axis: Axis, dim: int, segments: Segments = ()) -> Tensor:
+def place(x: Tensor, axis: Axis, dim: int, segments: Segments = (), size: int = 0) -> Tensor:
     """S(dim) -> P."""
-    return axis.convert(x, Collective("place", dim, segments), Collective("slice", dim, segments))
+    return axis.convert(x, Collective("place", dim, segments, size=size), Collective("slice", dim, segments, size=size, is_gradient=True))
 
 
 def keep_first(x: Tensor, axis: Axis) -> Tensor:
@@ -106,11 +116,12 @@ def keep_first(x: Tensor, axis: Axis) -> Tensor:
     return axis.convert(x, Collective("keep_first"), Collective("keep_first"))
 
 
-def all_to_all(x: Tensor, axis: Axis, dim: int, segments: Segments, cut_dim: int, cut_segments: Segments) -> Tensor:
+def all_to_all(
+    x: Tensor, axis: Axis, dim: int, segments: Segments, cut_dim: int, cut_segments: Segments, size: int = 0, cut_size: int = 0
+) -> Tensor:
     """S(dim) -> S(cut_dim)."""
-    return axis.convert(
-        x, Collective("all_to_all", dim, segments, cut_dim, cut_segments), Collective("all_to_all", cut_dim, cut_segments, dim, segments)
-    )
+    forward = Collective("all_to_all", dim, segments, cut_dim, cut_segments, size, cut_size)
+    return axis.convert(x, forward, Collective("all_to_all", cut_dim, cut_segments, dim, segments, cut_size, size, is_gradient=True))
 
 
 def sum_over(x: Tensor, axes: Sequence[Axis]) -> Tensor:

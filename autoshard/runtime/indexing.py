@@ -44,13 +44,18 @@ def embedding(
     sparse: bool = False,
     *,
     row_axes: Sequence[Axis],
+    row_sizes: Sequence[int] = (),
 ) -> Tensor:
-    """Lookup in a table whose rows are split on `row_axes`: rows of other ranks read as zero, the result is P."""
+    """Lookup in a table whose rows are split on `row_axes`: rows of other ranks read as zero, the result is P.
+
+    row_sizes: the number of rows where it does not divide; the last rank's table then ends in padding, which no index reads.
+    """
     if scale_grad_by_freq or sparse:
         raise NotImplementedError("an embedding with scale_grad_by_freq or sparse=True cannot split its rows; pin its weight to I")
     rows = weight.shape[0]
     local = indices - position(row_axes) * rows
-    torch._assert_async(((indices >= 0) & (indices < rows * ways(row_axes))).all(), "index out of range of the embedding")
+    known = sum(row_sizes) or rows * ways(row_axes)
+    torch._assert_async(((indices >= 0) & (indices < known)).all(), "index out of range of the embedding")
     here = (local >= 0) & (local < rows)
     index = torch.where(here, local, 0)
     found = F.embedding(index, weight)

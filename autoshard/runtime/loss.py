@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .axes import Axis, position, ways
 from .conversions import maximum, sum_over, total
+from .padding import is_padding
 from .precision import narrow, widen
 
 __all__ = [
@@ -75,29 +76,36 @@ def cross_entropy(
     *,
     class_axes: Sequence[Axis] = (),
     batch_axes: Sequence[Axis] = (),
+    class_sizes: Sequence[int] = (),
 ) -> Tensor:
     """Cross entropy with classes split on `class_axes` and samples split on `batch_axes`, without gathering either.
 
     logits: (N, C, ...) or (C), target: (N, ...) or () of class numbers, or probabilities of the shape of logits, weight:
     (C). The loss of each sample is whole on every rank of class_axes (I); the sum or mean over samples is a term on
-    batch_axes (P).
+    batch_axes (P). class_sizes: the number of classes where it does not divide; the last rank's classes then end in padding,
+    which has no probability and no weight.
     """
     dim, dtype = 1 if logits.dim() > 1 else 0, logits.dtype
+    count = sum(class_sizes) or logits.shape[dim] * ways(class_axes)
+    along = [-1 if d == dim else 1 for d in range(logits.dim())]
+    real = ~is_padding(logits, class_axes, dim, count).view(along) if sum(class_sizes) else None
+    logits = logits if real is None else torch.where(real, logits, float("-inf"))
     logits = widen(logits)  # sums over classes, as the fused op makes them
     shifted = logits - maximum(logits.detach().amax(dim, keepdim=True), class_axes)
     if target.dtype.is_floating_point:
-        loss = _soft_cross_entropy(shifted, target, weight, label_smoothing, class_axes)
+        loss = _soft_cross_entropy(shifted, target, weight, label_smoothing, class_axes, count, real)
         loss = loss.sum() if reduction else loss
         loss = loss / (logits.numel() // logits.shape[dim] * ways(batch_axes)) if reduction == 1 else loss
         return narrow(loss, dtype, _AUTOCAST)
     log_z = torch.log(total(shifted.exp().sum(dim), class_axes))
     valid = target != ignore_index
-    picked, share = _picked(shifted, target, weight, valid, class_axes)
+    picked, share = _picked(shifted, target, weight, valid, class_axes, count)
     loss = (log_z - picked) * share
     if label_smoothing:
-        count = logits.shape[dim] * ways(class_axes)
-        each = shifted if weight is None else shifted * weight.view([-1 if d == dim else 1 for d in range(logits.dim())])
-        shares = count if weight is None else total(weight.sum(), class_axes)
+        each = shifted if real is None else torch.where(real, shifted, 0.0)
+        each = each if weight is None else each * weight.view(along)
+        own = weight if weight is None or real is None else torch.where(real.flatten(), weight, 0.0)
+        shares = count if own is None else total(own.sum(), class_axes)
         everywhere = log_z * shares - total(each.sum(dim), class_axes)  # log_z is I: it must not be used per class
         loss = (1 - label_smoothing) * loss + label_smoothing / count * everywhere
     return narrow(_reduced(loss, share, valid, reduction, batch_axes), dtype, _AUTOCAST)
@@ -119,21 +127,25 @@ def nll_loss(
     return narrow(_reduced(-picked * share, share, valid, reduction, batch_axes), x.dtype, _AUTOCAST)
 
 
-def _soft_cross_entropy(shifted: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, axes: Sequence[Axis]) -> Tensor:
+def _soft_cross_entropy(
+    shifted: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, axes: Sequence[Axis], count: int, real: Tensor | None
+) -> Tensor:
     """Loss of each sample (I) for targets that are probabilities; log_z is used per class, so it is R."""
     dim = 1 if shifted.dim() > 1 else 0
     log_likelihood = shifted - torch.log(sum_over(shifted.exp().sum(dim, keepdim=True), axes))
     if smoothing:
-        target = target * (1 - smoothing) + smoothing / (shifted.shape[dim] * ways(axes))
+        target = target * (1 - smoothing) + smoothing / count
+    if real is not None:
+        log_likelihood, target = torch.where(real, log_likelihood, 0.0), torch.where(real, target, 0.0)
     share = target if weight is None else target * weight.view([-1 if d == dim else 1 for d in range(shifted.dim())])
     return total(-(log_likelihood * share).sum(dim), axes)
 
 
-def _picked(x: Tensor, target: Tensor, weight: Tensor | None, valid: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor]:
+def _picked(x: Tensor, target: Tensor, weight: Tensor | None, valid: Tensor, axes: Sequence[Axis], count: int = 0) -> tuple[Tensor, Tensor]:
     """The number of `x` at the target class and the weight of that class, for each sample: both I."""
     dim = 1 if x.dim() > 1 else 0
     classes = x.shape[dim]
-    known = (target >= 0) & (target < classes * ways(axes))
+    known = (target >= 0) & (target < (count or classes * ways(axes)))
     torch._assert_async((known | ~valid).all(), "cross entropy target out of range")
     wanted = torch.where(valid, target, 0) - position(axes) * classes
     here = (wanted >= 0) & (wanted < classes)

@@ -87,10 +87,24 @@ def logsumexp(x: Tensor, dim: Dims, keepdim: bool = False, *, reduced_axes: Sequ
     return narrow(result if keepdim else result.squeeze(dims), x.dtype if x.dtype.is_floating_point else result.dtype)
 
 
-def mean(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, reduced_axes: Sequence[Axis]) -> Tensor:
-    """Mean over dims that are split on `reduced_axes`: the local mean, weighted; the result is P."""
+def mean(
+    x: Tensor,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    reduced_axes: Sequence[Axis],
+    reduced_sizes: Sequence[int] = (),
+) -> Tensor:
+    """Mean over dims that are split on `reduced_axes`: the local mean, weighted; the result is P.
+
+    reduced_sizes: per axis the length of a dim that does not divide, 0 for others; `x` is zero at its padding.
+    """
     local = x.mean(dtype=dtype) if dim is None else x.mean(_dims(x, dim), keepdim, dtype=dtype)
-    return local / ways(reduced_axes)
+    count = float(ways(reduced_axes))
+    for axis, size in zip(reduced_axes, reduced_sizes, strict=False):
+        count *= size / (-(-size // axis.size) * axis.size) if size else 1.0
+    return local / count
 
 
 def nanmean(
