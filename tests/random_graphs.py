@@ -2,7 +2,7 @@
 
 A drawn Graph is the text of a forward method over `self.p0`, `self.p1`, ... and its inputs; what fails is printed as the
 model that a person would write. Each line is executed as it is drawn, so that shapes are known, and sizes are products of
-2 and 3 so that dims divide on the meshes of the tests.
+2 and 3 so that dims divide on the meshes of the tests, or (`is_odd`) mostly do not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 _SIZES = (2, 4, 6, 12, 3, 8)
 _MOST_ELEMENTS = 600
 _LARGEST = 20.0
+_ODD = {4: 7, 6: 9, 12: 15, 24: 23}
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def _random_input(name: str, given: Input) -> Tensor:
 class Draft:
     """A model while it is drawn: its text so far, and the value of every name."""
 
-    def __init__(self, draw: Callable[[st.SearchStrategy], Any], is_training: bool) -> None:
-        self.draw, self.is_training = draw, is_training
+    def __init__(self, draw: Callable[[st.SearchStrategy], Any], is_training: bool, is_odd: bool = False) -> None:
+        self.draw, self.is_training, self.is_odd = draw, is_training, is_odd
         self.lines: list[str] = []
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
         self.inputs: dict[str, Input] = {}
@@ -117,6 +118,11 @@ class Draft:
 
     def choose(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
+
+    def size(self, options: Any) -> int:
+        """A length: one of `options`, or what stands for it when lengths are to be odd."""
+        length = self.choose(options)
+        return _ODD.get(length, length) if self.is_odd else length
 
     def chance(self, percent: int) -> bool:
         return self.draw(st.integers(0, 99)) >= 100 - percent
@@ -263,7 +269,7 @@ def linear(d: Draft) -> Any:
     if x is None:
         return False
     fan_in = d.shape(x)[-1]
-    fan_out = d.choose([s for s in _SIZES if d.values[x].numel() // fan_in * s <= _MOST_ELEMENTS] or [2])
+    fan_out = d.size([s for s in _SIZES if d.values[x].numel() // fan_in * s <= _MOST_ELEMENTS] or [2])
     bias = f", {d.parameter(fan_out)}" if d.chance(60) else ""
     return d.emit(f"F.linear({x}, {d.parameter(fan_out, fan_in)}{bias})")
 
@@ -273,7 +279,7 @@ def mlp(d: Draft) -> Any:
     x = d.pick(lambda x: x.dim() > 1 and x.shape[-1] > 1)
     if x is None:
         return False
-    fan_in, inner = d.shape(x)[-1], d.choose((4, 6, 12))
+    fan_in, inner = d.shape(x)[-1], d.size((4, 6, 12))
     if d.chance(50):
         h = d.emit(f"F.gelu(F.linear({x}, {d.parameter(inner, fan_in)}, {d.parameter(inner)}))")
     else:
@@ -291,7 +297,7 @@ def matrix_product(d: Draft) -> Any:
         return False
     shape = d.shape(x)
     forms = [f"{x} @ {x}.transpose(-1, -2) / {shape[-1]}", f"torch.matmul({x}.transpose(-2, -1), {x}) / {shape[-2]}"]
-    n = d.choose((2, 4, 6))
+    n = d.size((2, 4, 6))
     forms.append(f"{x} @ {d.parameter(shape[-1], n)}")
     if len(shape) == 2:
         forms += [f"torch.mm({x}, {d.parameter(shape[-1], n)})", f"torch.addmm({d.parameter(n)}, {x}, {d.parameter(shape[-1], n)})"]
@@ -484,7 +490,7 @@ def embedding(d: Draft) -> Any:
     ids = d.pick(kind="int")
     if ids is None or d.values[ids].numel() > 40:
         return False
-    rows, width = d.choose([r for r in (12, 8, 24) if r > int(d.values[ids].max())] or [24]), d.choose((4, 6, 8))
+    rows, width = d.size([r for r in (12, 8, 24) if r > int(d.values[ids].max())] or [24]), d.size((4, 6, 8))
     if int(d.values[ids].max()) >= rows or int(d.values[ids].min()) < 0:
         return False
     table = d.parameter(rows, width)
@@ -510,7 +516,7 @@ def cross_entropy(d: Draft) -> Any:
         return False
     classes = d.shape(logits)[-1]
     if classes <= top:
-        logits = d.emit(f"F.linear({logits}, {d.parameter(12 if top < 12 else 24, classes)})")
+        logits = d.emit(f"F.linear({logits}, {d.parameter(d.size([12 if top < 12 else 24]), classes)})")
         classes = d.shape(logits)[-1]
     options = d.choose(["", f", ignore_index={d.choose((0, 1))}", ", label_smoothing=0.1"])
     weight = f", {d.parameter(classes)}.detach() ** 2 + 0.1" if d.chance(15) else ""
@@ -651,14 +657,14 @@ def pool(d: Draft) -> Any:
 def _start(d: Draft) -> None:
     """The inputs, and the first values that models of this kind make of them."""
     kind = d.choose(["sequence", "ids", "matrix", "image", "sequence", "ids"])
-    b = d.choose((4, 2, 6, 12))
-    t, c = d.choose((4, 6, 3)), d.choose((4, 6, 8, 12))
+    b = d.size((4, 2, 6, 12))
+    t, c = d.size((4, 6, 3)), d.size((4, 6, 8, 12))
     if kind == "matrix":
         d.input((12 if d.chance(40) else b, c))
         if d.chance(40):
             d.input(d.shape("x0")[:1], 12)
     elif kind == "image":
-        d.input((d.choose((4, 2, 6)), d.choose((2, 4, 3)), 4, d.choose((4, 6))))
+        d.input((d.size((4, 2, 6)), d.size((2, 4, 3)), 4, d.choose((4, 6))))
     elif kind == "ids":
         d.input((b if b < 12 else 4, t), 12)
         embedding(d)
@@ -693,9 +699,9 @@ def _returns(d: Draft) -> str:
 
 
 @st.composite
-def graphs(draw: st.DrawFn, most_ops: int = 8, ops: tuple[Callable[[Draft], Any], ...] = ()) -> Graph:
+def graphs(draw: st.DrawFn, most_ops: int = 8, ops: tuple[Callable[[Draft], Any], ...] = (), is_odd: bool = False) -> Graph:
     """A model of up to `most_ops` ops or blocks (of `ops` alone, when given)."""
-    d = Draft(draw, is_training=draw(st.integers(0, 3)) < 3)
+    d = Draft(draw, is_training=draw(st.integers(0, 3)) < 3, is_odd=is_odd)
     _start(d)
     for _ in range(draw(st.integers(1, most_ops))):
         d.choose(ops or OPS)(d)
