@@ -107,6 +107,7 @@ class Draft:
 
     def __init__(self, draw: Callable[[st.SearchStrategy], Any], is_training: bool, is_odd: bool = False) -> None:
         self.draw, self.is_training, self.is_odd = draw, is_training, is_odd
+        self.most_ids = 100 if is_odd else 40
         self.lines: list[str] = []
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
         self.inputs: dict[str, Input] = {}
@@ -488,7 +489,7 @@ def pieces(d: Draft) -> Any:
 @op
 def embedding(d: Draft) -> Any:
     ids = d.pick(kind="int")
-    if ids is None or d.values[ids].numel() > 40:
+    if ids is None or d.values[ids].numel() > d.most_ids:
         return False
     rows, width = d.size([r for r in (12, 8, 24) if r > int(d.values[ids].max())] or [24]), d.size((4, 6, 8))
     if int(d.values[ids].max()) >= rows or int(d.values[ids].min()) < 0:
@@ -507,7 +508,7 @@ def embedding(d: Draft) -> Any:
 
 @op
 def cross_entropy(d: Draft) -> Any:
-    ids = d.pick(lambda x: 0 < x.numel() <= 40 and int(x.min()) >= 0, kind="int")
+    ids = d.pick(lambda x: 0 < x.numel() <= d.most_ids and int(x.min()) >= 0, kind="int")
     if ids is None:
         return False
     top, shape = int(d.values[ids].max()), d.shape(ids)

@@ -103,10 +103,16 @@ def convert(pieces: list[Tensor], steps: Sequence[Step], layout: Layout, mesh: M
 
 
 UNEVEN_ROWS = [row for row in CONVERSIONS if "S" in (row.src, row.dst)]
-FORMS = [(row, shape) for row in UNEVEN_ROWS for shape in (("uneven", "uneven"), *([("even", "uneven"), ("uneven", "even")] * (row.src == row.dst)))]
+FORMS = [
+    (row, shape)
+    for row in UNEVEN_ROWS
+    for shape in (("uneven", "uneven"), *([("even", "uneven"), ("uneven", "even")] * (row.src == row.dst)))
+]
 
 
-@pytest.mark.parametrize(("row", "form"), FORMS, ids=lambda value: getattr(value, "name", "-".join(value) if isinstance(value, tuple) else ""))
+@pytest.mark.parametrize(
+    ("row", "form"), FORMS, ids=lambda value: getattr(value, "name", "-".join(value) if isinstance(value, tuple) else "")
+)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("n", SHAPES)
 def test_conversion_and_its_backward(row: Conversion, form: tuple[str, str], n: int, dim: int) -> None:
@@ -210,7 +216,9 @@ RESIZED = [(name, k, found) for name, rows in USES.items() for k, row in enumera
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
-@pytest.mark.parametrize(("name", "args", "kwargs"), [pytest.param(n, *found, id=f"{n.removeprefix('aten.')}-{k}") for n, k, found in RESIZED])
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"), [pytest.param(n, *found, id=f"{n.removeprefix('aten.')}-{k}") for n, k, found in RESIZED]
+)
 def test_rule_on_lengths_that_do_not_divide(name: str, args: tuple, kwargs: dict[str, Any]) -> None:
     for mesh in ("a=2", "a=4", "a=2,b=2"):
         check_rule(overload(name), *args, mesh=mesh, **kwargs)
@@ -229,7 +237,10 @@ def padded_factors(op: Any, *args: Any, mesh: str = "a=2", **kwargs: Any) -> set
         base(strategy.factor)
         for candidate in case.candidates({})
         for strategy in candidate.strategies
-        if any(padded_axes(shape, layout, case.mesh.shape) for shape, layout in zip(shapes, (*candidate.inputs, *candidate.outputs), strict=True))
+        if any(
+            padded_axes(shape, layout, case.mesh.shape)
+            for shape, layout in zip(shapes, (*candidate.inputs, *candidate.outputs), strict=True)
+        )
     } - {""}
 
 
@@ -353,7 +364,9 @@ def test_gpt_under_random_plans(case: Case) -> None:
     for seed, mesh in enumerate(["tp=2", "tp=4", "dp=2,tp=2", "tp=3", "dp=2,tp=4"] * 2):
         program = case.plan(mesh, seed, is_scattered=seed % 2 == 0)
         case.prove(program, is_text=seed % 3 == 0)
-        reached.update(node.target.__name__ for node in program.nodes("conversion", "mask") if "size" in node.kwargs or "cut_size" in node.kwargs)  # type: ignore[union-attr]
+        reached.update(
+            node.target.__name__ for node in program.nodes("conversion", "mask") if "size" in node.kwargs or "cut_size" in node.kwargs
+        )  # type: ignore[union-attr]
     assert {"all_gather", "reduce_scatter", "slice_invariant", "slice_varying", "all_to_all", "mask_padding"} <= set(reached), reached
 
 
@@ -384,7 +397,10 @@ def test_what_leaves_is_whole_where_it_does_not_divide() -> None:
 
 
 @settings(max_examples=max(settings().max_examples // 3, 1))
-@given(graphs(8, is_odd=True), st.lists(st.tuples(st.sampled_from(("a=2", "a=3", "a=4", "a=2,b=2")), st.integers(0, 9999), st.booleans()), min_size=2, max_size=4))
+@given(
+    graphs(8, is_odd=True),
+    st.lists(st.tuples(st.sampled_from(("a=2", "a=3", "a=4", "a=2,b=2")), st.integers(0, 9999), st.booleans()), min_size=2, max_size=4),
+)
 def test_random_models_of_odd_sizes_train_as_one_device(graph: Graph, plans: list[tuple[str, int, bool]]) -> None:
     case = Case.of(graph.model(), graph.arguments())
     for mesh, seed, is_scattered in plans:
@@ -407,7 +423,10 @@ def mutants(program: Program, node: fx.Node) -> Any:
             yield f"another {key}", lambda there, _, key=key, other=other: there.update_kwarg(key, other)
         yield f"no {key}", lambda there, _, key=key: setattr(there, "kwargs", {k: v for k, v in there.kwargs.items() if k != key})
     if facts(node).role == "conversion":
-        yield "a size that none has", lambda there, _: setattr(there, "kwargs", {**there.kwargs, "cut_size" if "cut_size" not in there.kwargs else "size": 9})
+        yield (
+            "a size that none has",
+            lambda there, _: setattr(there, "kwargs", {**there.kwargs, "cut_size" if "cut_size" not in there.kwargs else "size": 9}),
+        )
     if facts(node).role == "mask":
         yield "not masked", lambda there, _: there.replace_all_uses_with(there.args[0])
         yield "another dim", lambda there, _: there.update_arg(2, 1 - there.args[2])
