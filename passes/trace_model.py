@@ -213,7 +213,7 @@ def _describe_nodes(
             known.recompute = region_of(node)
             set_facts(node, known)
             if draws_random(node) and isinstance(node.meta.get("val"), torch.Tensor):
-                known.strides = tuple(map(int, node.meta["val"].stride()))
+                known.strides = tuple(sizes.number(stride) for stride in node.meta["val"].stride())  # type: ignore[misc]
             known.autocast = autocast.ambient() if node.graph is exported.graph else ()
         else:
             set_facts(node, Facts("output"))
