@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoshard import runtime
@@ -86,3 +87,15 @@ class MeshSpec:
         if isinstance(mesh, Mapping):
             return cls(tuple(mesh), tuple(mesh.values()))
         raise MeshError(f"a mesh is a DeviceMesh, a MeshSpec, a dict or a text like 'dp=2,tp=4', not {type(mesh).__name__}")
+
+
+def check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
+    """Raise MeshError unless this process can take its part on the mesh."""
+    if not dist.is_initialized():
+        raise MeshError(
+            "torch.distributed is not initialised; call torch.distributed.init_process_group first, or use autoshard.plan to only plan"
+        )
+    if mesh.get_coordinate() is None:
+        raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
+    if spec.size > dist.get_world_size():
+        raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")

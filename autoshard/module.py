@@ -25,9 +25,9 @@ from autoshard.call_keys import described, family_of, leaf_key, may_be
 from autoshard.checkpoint import checkpointable
 from autoshard.dtensors import layout_of, torch_placements
 from autoshard.dynamic_dims import Marks, marks_of, without_short
-from autoshard.errors import AutoshardError, InputError, MeshError, PlanError
+from autoshard.errors import AutoshardError, InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import MeshSpec, check_mesh
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.plan_file import digest
@@ -44,7 +44,7 @@ class ShardedModule(nn.Module):
     def __init__(self, model: nn.Module, mesh: DeviceMesh, settings: Settings) -> None:
         super().__init__()
         spec = MeshSpec.of(mesh)
-        _check_mesh(mesh, spec)
+        check_mesh(mesh, spec)
         let_segments_be_read()
         object.__setattr__(self, "_state", _State(model, mesh, spec, settings))
         self._mirror(model, model.named_modules(remove_duplicate=False))
@@ -479,17 +479,6 @@ def _without_memory(model: nn.Module) -> nn.Module:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     return copy.deepcopy(model, memo)
-
-
-def _check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
-    if not dist.is_initialized():
-        raise MeshError(
-            "torch.distributed is not initialised; call torch.distributed.init_process_group first, or use autoshard.plan to only plan"
-        )
-    if mesh.get_coordinate() is None:
-        raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
-    if spec.size > dist.get_world_size():
-        raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
 
 
 def _slots(root: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
