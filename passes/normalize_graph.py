@@ -47,6 +47,13 @@ _CASTS = {
 # In-place ops whose functional form has the dtype of its first operand whatever the others have.
 _KEEPS_DTYPE = ("fill", "masked_", "index_", "scatter")
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+# Ops that take of their first operand the dtype and device alone; what is empty is made zero, so that no run differs from another.
+_FACTORIES = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.zeros.default,
+}
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
 
@@ -234,6 +241,10 @@ class _Writer:
         source = args[0] if args else None
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
             self._set(node, source)
+            return
+        if target in _FACTORIES:
+            made = {"dtype": facts(node).value.dtype, "device": node.meta["val"].device}
+            self._set(node, self._call(_FACTORIES[target], args[1:], made, facts(node)))
             return
         args = tuple(self._cast(node, operand) for operand in args) if str(target) in _CAST_INSIDE else args
         reshapes = target is aten.view.default  # a view's strides are those of the traced device and mode

@@ -12,11 +12,15 @@ import pytest
 import torch
 from models import SLOW
 from test_properties import Written, rows
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from training_oracle import Case
 
 import autoshard
 from autoshard.errors import TraceError
+from autoshard.mesh import MeshSpec
+from autoshard.passes import NormalizeGraph, TraceModel
+from autoshard.program import Program
 
 
 def a_buffer_is_written_twice(m, x):
@@ -425,3 +429,23 @@ def test_labels_that_a_model_shifts_right_in_place(make: Any) -> None:
     for seed in (None, 3):
         plan = autoshard.plan(model, "a=2", (), given, hardware=SLOW, options=autoshard.Options(seed=seed))
         assert autoshard.verify(model, plan, (), given).is_equal
+
+
+class Made(nn.Module):
+    """Tensors that take the dtype and device of another, and nothing else of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = x.new_zeros(4, 2) + x.new_ones((4, 2)) + x.new_full((4, 2), 0.5)
+        filled = x.new_empty(4, 2)
+        filled.fill_(2.0)
+        return (made + filled).sum() * x.sum()
+
+
+def test_what_is_made_like_a_tensor_does_not_read_it() -> None:
+    program = NormalizeGraph()(TraceModel(Made(), (torch.randn(4, 6),))(Program(fx.Graph(), MeshSpec.of("a=2"))))
+    makers = [node for node in program.nodes("op") if not node.all_input_nodes]
+    assert {str(node.target) for node in makers} >= {"aten.zeros.default", "aten.ones.default", "aten.full.default"}
+    assert not any("new_" in str(node.target) for node in program.graph.nodes)
+    plan = autoshard.plan(Made().double(), "a=2", (torch.randn(4, 6, dtype=torch.float64),), template="ddp")
+    assert not plan.notes, plan.notes
+    assert autoshard.verify(Made().double(), plan, (torch.randn(4, 6, dtype=torch.float64),)).is_equal
