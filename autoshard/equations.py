@@ -270,7 +270,7 @@ def may_pad(equation: Equation, factor: str) -> bool:
     it, it is summed over, and padding must add nothing: an operand that the op is linear in is set to zero there, or the
     lowering leaves it out.
     """
-    if any(factor in group for group in (*equation.joined, *equation.linked)) or factor in equation.limits or factor in equation.whole:
+    if any(factor in group for group in equation.joined) or factor in equation.limits or factor in equation.whole:
         return False
     if base(factor) in equation.lowered and base(factor) not in equation.uneven:
         return False

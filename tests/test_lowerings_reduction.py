@@ -20,7 +20,7 @@ from autoshard.traffic import meter
 
 aten = torch.ops.aten
 
-LOWERED = sorted(name for name, rule in RULES.items() if rule.lowering is not None)
+LOWERED = sorted(name for name, rule in RULES.items() if rule.lowering is not None and name.startswith("aten."))
 
 
 def overload(name: str) -> torch._ops.OpOverload:

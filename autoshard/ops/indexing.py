@@ -257,6 +257,13 @@ def _split_dim(function: str) -> Lowering:
     return Lowering(function, {"u": "index_axes"}, ordered=frozenset("u"))
 
 
+def one_hot(call: Call) -> str:
+    """Classes are counted from the rank's first; how many there are must be said, else it depends on values."""
+    if call.get("num_classes", -1) < 0:
+        raise RuleError("the number of classes depends on values")
+    return "b* -> b* c"
+
+
 ROWS: dict[str, Rule] = {
     **rows(
         "embedding",
@@ -288,7 +295,7 @@ ROWS: dict[str, Rule] = {
     **rows("diag_embed", Rule(diag_embed)),
     **rows("tril", Rule(triangle, Lowering("tril", _TRIANGLE_AXES, ordered=frozenset("rc")))),
     **rows("triu", Rule(triangle, Lowering("triu", _TRIANGLE_AXES, ordered=frozenset("rc")))),
-    **rows("one_hot", Rule("b* -> b* c", Lowering("one_hot", {"c": "class_axes"}, ordered=frozenset("c")))),
+    **rows("one_hot", Rule(one_hot, Lowering("one_hot", {"c": "class_axes"}, ordered=frozenset("c")))),
     **rows("searchsorted.Tensor", Rule(searchsorted)),
     **rows("bucketize.Tensor", Rule("b*, [s] -> b*")),
     **rows("repeat_interleave.self_int", Rule(repeat_interleave)),

@@ -97,7 +97,7 @@ def group_norm(
     groups = num_groups // ways(group_axes)
     if not dim_axes:
         return torch.group_norm(x, groups, weight, bias, eps, cudnn_enabled)
-    y, _, _ = _standardized(x.reshape(x.shape[0], groups, -1), [2], eps, dim_axes)
+    y, _, _ = _standardized(x.reshape(x.shape[0], groups, math.prod(x.shape[1:]) // groups), [2], eps, dim_axes)
     return narrow(_scaled(y.reshape(x.shape), weight, bias, [-1, *[1] * (x.dim() - 2)]), x.dtype)
 
 

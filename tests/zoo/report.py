@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoshard.candidates import bound_rule
 from autoshard.equations import strategies
-from autoshard.program import Program, facts, op_name, producer
+from autoshard.program import Program, call_of, facts, op_name, producer
 from zoo.comparison import KINDS, MESHES, Subject, describe
 from zoo.models import ENTRIES, REFUSED, Entry, missing
 
@@ -86,7 +87,12 @@ def _flops_of(node: torch.fx.Node) -> int:
             return torch.empty(value.shape, dtype=value.dtype)
 
         args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), fake)
-        node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+        except DataDependentOutputException:  # a mixture of experts: the sizes of its products depend on the router
+            rule, equation = bound_rule(node)
+            call = call_of(node)
+            return int(2 * rule.products(equation.sizes, (*call.inputs, *call.outputs))) if rule and equation else 0
     return counter.get_total_flops()
 
 
