@@ -242,6 +242,7 @@ class _Writer:
         if str(target) in _CASTS and isinstance(source, fx.Node) and facts(source).value.dtype == facts(node).value.dtype:
             self._set(node, source)
             return
+        target = aten.zeros_like.default if target is aten.empty_like.default else target
         if target in _FACTORIES:
             made = {"dtype": facts(node).value.dtype, "device": node.meta["val"].device}
             self._set(node, self._call(_FACTORIES[target], args[1:], made, facts(node)))

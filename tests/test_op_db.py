@@ -33,7 +33,6 @@ EXCUSES = {
     "check_random_bounds handles only": "complex numbers",
     "SparseCPU": "sparse gradient",
 }
-UNDEFINED = frozenset({"aten.empty_like.default"})  # what it holds is for nobody to compare
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,12 +64,11 @@ def prove(name: str, most: int | None) -> Outcome:
             found |= {str(call): call for call in calls(entries()[name], sample)}
         except Exception as error:  # data-dependent, sparse or for a GPU: torch.export would not take it either
             reasons[f"not traced: {type(error).__name__}"] += 1
-    reasons.update({f"undefined values: {call.name.removeprefix('aten.')}": 1 for call in found.values() if call.name in UNDEFINED})
     without = sorted({call.name.removeprefix("aten.") for call in found.values() if rule_of(call.name) is None})
     if without:
         reasons[f"no row: {' '.join(without)}"] += 1
     proved, failures = set[str](), []
-    for number, call in enumerate(call for call in found.values() if rule_of(call.name) is not None and call.name not in UNDEFINED):
+    for number, call in enumerate(call for call in found.values() if rule_of(call.name) is not None):
         try:
             case = differentiable(call)
             for mesh in meshes(case, is_joint=number == 0 or most is None, most=None if most is None else 2):

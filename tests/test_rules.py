@@ -43,7 +43,8 @@ CASES = [pytest.param(name, row, id=f"{name.removeprefix('aten.')}-{k}") for nam
 
 
 def test_every_row_is_proved_here() -> None:
-    assert sorted(RULES) == sorted({**USES, **DRAWN}), "every op of the table has uses in tests/uses"
+    proved = {**{op: rows for op, rows in USES.items() if rows}, **DRAWN}
+    assert sorted(RULES) == sorted(proved), "every op of the table has uses in tests/uses"
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")

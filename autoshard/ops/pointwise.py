@@ -78,7 +78,7 @@ ROWS: dict[str, Rule] = {
     **rows("addcdiv", Rule("+p*, ~p*, p* -> p*")),
     **rows("prelu", Rule(channels)),
     **rows("glu", Rule(halves)),
-    **rows("zeros_like ones_like full_like empty_like", Rule(shaped_like)),
+    **rows("zeros_like ones_like full_like", Rule(shaped_like)),
     **rows(
         """relu gelu silu tanh sigmoid exp log sqrt rsqrt sin cos abs square reciprocal erf softplus leaky_relu elu hardswish hardsigmoid
         hardtanh relu6 mish log1p expm1 floor ceil round sign logical_not bitwise_not clamp clamp_min clamp_max pow.Tensor_Scalar

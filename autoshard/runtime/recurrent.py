@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,60 +39,6 @@ def lstm(
     """LSTM; the last dims of `hx`, of the results and of every gate of `params` hold this rank's units."""
     out, (h, c) = _layers(_lstm_step, x, hx, params, has_biases, num_layers, bidirectional, batch_first, hidden_axes)
     return out, h, c
-
-
-def gru(
-    x: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    hidden_axes: Axes,
-) -> tuple[Tensor, Tensor]:
-    """GRU, split as lstm is."""
-    out, (h,) = _layers(_gru_step, x, [hx], params, has_biases, num_layers, bidirectional, batch_first, hidden_axes)
-    return out, h
-
-
-def rnn_tanh(
-    x: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    hidden_axes: Axes,
-) -> tuple[Tensor, Tensor]:
-    """Elman network with tanh, split as lstm is."""
-    out, (h,) = _layers(_tanh_step, x, [hx], params, has_biases, num_layers, bidirectional, batch_first, hidden_axes)
-    return out, h
-
-
-def rnn_relu(
-    x: Tensor,
-    hx: Tensor,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    hidden_axes: Axes,
-) -> tuple[Tensor, Tensor]:
-    """Elman network with relu, split as lstm is."""
-    out, (h,) = _layers(_relu_step, x, [hx], params, has_biases, num_layers, bidirectional, batch_first, hidden_axes)
-    return out, h
 
 
 def lstm_cell(
@@ -144,7 +90,7 @@ def _relu_step(given: Tensor, state: State, w_hh: Tensor, b_hh: Tensor | None, a
 
 
 def _layers(
-    step: object,
+    step: Callable[..., State],
     x: Tensor,
     hx: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -168,9 +114,37 @@ def _layers(
             steps = list(range(x.shape[time]))
             states = []
             for k in reversed(steps) if direction else steps:
-                state = step(F.linear(x.select(time, k), w_ih, b_ih), state, w_hh, b_hh, axes)  # type: ignore[operator]
+                state = step(F.linear(x.select(time, k), w_ih, b_ih), state, w_hh, b_hh, axes)
                 states.append(state[0])
             outs.append(torch.stack(states[::-1] if direction else states, time))
             finals.append(state)
         x = torch.cat([_whole(out, axes) for out in outs], -1) if layer + 1 < num_layers else torch.cat(outs, -1)
     return x, tuple(torch.stack(list(column)) for column in zip(*finals, strict=True))
+
+
+def _one_state(name: str, step: Callable[..., State]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A layer like lstm whose cells keep one tensor."""
+
+    def layer(
+        x: Tensor,
+        hx: Tensor,
+        params: Sequence[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+        *,
+        hidden_axes: Axes,
+    ) -> tuple[Tensor, Tensor]:
+        out, (h,) = _layers(step, x, [hx], params, has_biases, num_layers, bidirectional, batch_first, hidden_axes)
+        return out, h
+
+    layer.__name__ = layer.__qualname__ = name
+    return layer
+
+
+gru = _one_state("gru", _gru_step)
+rnn_tanh = _one_state("rnn_tanh", _tanh_step)
+rnn_relu = _one_state("rnn_relu", _relu_step)

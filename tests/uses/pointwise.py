@@ -191,7 +191,6 @@ USES |= {
     "aten.conj_physical.default": [use("p.1 p.0 P", complexes(4, 6))],
     "aten.deg2rad.default": [use("p.1 p.0 P", x(4, 6))],
     "aten.divide.Tensor": [use("p.1 p.0 P", x(4, 6), pos(6))],
-    "aten.empty_like.default": [],
     "aten.float_power.Scalar": [use("p.1 p.0", 2.0, x(4, 6))],
     "aten.full_like.default": [use("p.1 p.0", x(4, 6), 3.0)],
     "aten.glu.default": [use("d0 d1", x(4, 6, 8), -1), use("d1", x(4, 6), 0)],
