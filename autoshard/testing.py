@@ -77,8 +77,9 @@ def check_rule(
         shown = [f"{_describe(case, candidate)}: {failure}" for candidate, failure in failing[:_MOST_SHOWN]]
         shown += [f"and {len(failing) - _MOST_SHOWN} more"] if len(failing) > _MOST_SHOWN else []
         shown.append(f"smallest counterexample: {_smallest(case, *failing[0], segmentations or {})}")
+        row = describe(op_name(case.program()[1]))
         raise UnsoundRuleError(
-            f"the rule of {case.op}, {describe(str(case.op))!r}, is wrong for shapes {[list(x.shape) for x in case.operands]} "
+            f"the rule of {case.op}, {row!r}, is wrong for shapes {[list(x.shape) for x in case.operands]} "
             f"on mesh {case.mesh}: {len(failing)} of {len(candidates)} strategies fail\n  " + "\n  ".join(shown)
         )
     return [candidate.strategies for candidate in candidates]
@@ -161,10 +162,11 @@ class OpCase:
 
     def equation(self) -> Equation:
         """The op's row, bound to this use. Raises RuleError when there is none or it does not fit."""
-        rule = rule_of(str(self.op))
+        _, node = self.program()
+        rule = rule_of(op_name(node))
         if rule is None:
             raise RuleError(f"{self.op} has no rule: autoshard.register_rule adds one")
-        return rule.bind(call_of(self.program()[1]))
+        return rule.bind(call_of(node))
 
     def compute(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """What the op computes on other operands, in schema order, without gradients."""

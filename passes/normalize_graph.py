@@ -19,6 +19,7 @@ from torch import fx
 
 from autoshard.autocast import inside
 from autoshard.conversions import BY_NAME
+from autoshard.embedding_bags import rewrite_bags
 from autoshard.errors import TraceError
 from autoshard.expert_regions import fuse_experts, report_experts
 from autoshard.ops import lowerings
@@ -69,6 +70,7 @@ class NormalizeGraph:
             writer.copy(node)
         program.graph = writer.graph
         fuse_experts(program)
+        rewrite_bags(program)
         _drop_dead(program)
         report_experts(program)
         return program

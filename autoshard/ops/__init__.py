@@ -4,6 +4,7 @@ from autoshard.ops import (
     attention,
     contraction,
     convolution,
+    embedding,
     experts,
     indexing,
     loss,
@@ -16,7 +17,21 @@ from autoshard.ops import (
 )
 from autoshard.ops.row import Rule
 
-FAMILIES = (pointwise, random, contraction, convolution, recurrent, attention, indexing, experts, normalization, reduction, loss, shape)
+FAMILIES = (
+    pointwise,
+    random,
+    contraction,
+    convolution,
+    recurrent,
+    attention,
+    embedding,
+    indexing,
+    experts,
+    normalization,
+    reduction,
+    loss,
+    shape,
+)
 RULES: dict[str, Rule] = {op: rule for family in FAMILIES for op, rule in family.ROWS.items()}
 
 

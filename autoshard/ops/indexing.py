@@ -1,4 +1,4 @@
-"""Reading and writing by index: tables, gather and scatter, triangles and diagonals.
+"""Reading and writing by index: gather and scatter, triangles and diagonals.
 
 A dim that is indexed may be split: its lowering reads zeros for, or drops, what lies on other ranks.
 """
@@ -13,13 +13,6 @@ from autoshard.errors import RuleError
 from autoshard.ops.row import Call, Limited, Lowering, Rule, TensorInfo, letters, rows, spell
 
 _INDEXED = "uvw"  # factors of the first indexed dims: each is split by an argument of its own; further ones stay whole
-
-
-def embedding(call: Call) -> str:
-    """Rows looked up; gradients scaled by how often a row occurs need all the indices, sparse ones the whole table."""
-    if call.get("scale_grad_by_freq") or call.get("sparse"):
-        return "~[v] h, [b*] -> [b*] h"
-    return "~v h, b* -> b* h"
 
 
 def _indexed(call: Call) -> tuple[list[str], list[str], list[str]]:
@@ -265,12 +258,6 @@ def one_hot(call: Call) -> str:
 
 
 ROWS: dict[str, Rule] = {
-    **rows(
-        "embedding",
-        Rule(
-            embedding, Lowering("embedding", {"v": "row_axes"}, ordered=frozenset("v"), uneven=frozenset("v"), skips_padding=frozenset("v"))
-        ),
-    ),
     **rows("index.Tensor", Rule(index, Lowering("index", _INDEX_AXES, ordered=_ORDERED))),
     **rows("index_put", Rule(index_put, Lowering("index_put", _INDEX_AXES, ordered=_ORDERED))),
     **rows("index_select", Rule(index_select, _split_dim("index_select"))),

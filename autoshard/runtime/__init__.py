@@ -17,6 +17,7 @@ from .axes import run as run
 from .axes import trim_joined as trim_joined
 from .conversions import *  # noqa: F403
 from .convolution import *  # noqa: F403
+from .embedding import *  # noqa: F403
 from .expert_dispatch import *  # noqa: F403
 from .indexing import *  # noqa: F403
 from .loss import *  # noqa: F403

@@ -7,14 +7,6 @@ from uses.arguments import Use, bools, ints, use, x
 
 # fmt: off
 USES: dict[str, list[Use]] = {
-    "aten.embedding.default": [
-        use("v h b.1 b.0 P", x(12, 6), ints(12, 4, 8)),
-        use("v h b.1 b.0 P", x(12, 6), ints(12, 4, 6), 3),
-        use("v h b.0 P", x(12, 6), ints(12, 4), 0),
-        use("v h P", x(12, 6), ints(12)),
-        use("h P", x(12, 6), ints(12, 24), -1, True),
-        use("v h b.0 P", Buffer(x(12, 6)), ints(12, 4)),
-    ],
     "aten.bucketize.Tensor": [
         use("b.1 b.0", Buffer(x(4, 6)), Buffer(x(5).sort().values)),
         use("b.0", ints(9, 4), ints(9, 3).sort().values, right=True),
