@@ -25,6 +25,7 @@ from autoshard.expert_regions import fuse_experts, report_experts
 from autoshard.ops import lowerings
 from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo, is_differentiable
+from autoshard.out_variants import expand_out_variants
 from autoshard.program import Facts, Program, carries_gradient, draws_random, facts, producer, set_facts, writes_statistics
 from autoshard.views import shares_memory, write_back
 
@@ -64,6 +65,7 @@ class NormalizeGraph:
     """Rebuild the traced graph in normal form. Raises TraceError for what cannot be partitioned soundly."""
 
     def __call__(self, program: Program) -> Program:
+        expand_out_variants(program)
         writer = _Writer(program, program.graph.owning_module)
         writer.memory.read(program.graph, program.graph.owning_module)
         for node in program.graph.nodes:

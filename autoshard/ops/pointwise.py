@@ -59,10 +59,11 @@ def shaped_like(call: Call) -> str:
 
 ROWS: dict[str, Rule] = {
     # `+` operands add up, `~` operands are multiplied; a scalar in place of a tensor makes the op affine.
-    **rows("add.Tensor sub.Tensor", Rule(additive)),
+    **rows("add.Tensor sub.Tensor subtract.Tensor", Rule(additive)),
     **rows("mul.Tensor multiply.Tensor", Rule(multilinear)),
     **rows(
-        "neg negative positive clone contiguous alias detach lift_fresh_copy mul.Scalar div.Scalar deg2rad rad2deg",
+        """neg negative positive clone contiguous alias detach lift_fresh_copy mul.Scalar div.Scalar multiply.Scalar divide.Scalar
+        deg2rad rad2deg""",
         Rule("~p* -> p*"),
     ),
     **rows("real imag conj conj_physical _conj resolve_conj resolve_neg", Rule("~p* -> p*")),
@@ -78,7 +79,7 @@ ROWS: dict[str, Rule] = {
     **rows("addcdiv", Rule("+p*, ~p*, p* -> p*")),
     **rows("prelu", Rule(channels)),
     **rows("glu", Rule(halves)),
-    **rows("zeros_like ones_like full_like", Rule(shaped_like)),
+    **rows("zeros_like ones_like full_like zero", Rule(shaped_like)),
     **rows(
         """relu gelu silu tanh sigmoid exp log sqrt rsqrt sin cos abs square reciprocal erf softplus leaky_relu elu hardswish hardsigmoid
         hardtanh relu6 mish log1p expm1 floor ceil round sign logical_not bitwise_not clamp clamp_min clamp_max pow.Tensor_Scalar
@@ -88,7 +89,8 @@ ROWS: dict[str, Rule] = {
         Rule(pointwise),
     ),
     **rows(
-        """acos acosh asin asinh atan atan2 atanh cosh sinh tan angle celu selu log_sigmoid hardshrink softshrink threshold logit erfc
+        """arccos arccosh arcsin arcsinh arctan arctan2 arctanh subtract.Scalar divide.Tensor_mode divide.Scalar_mode
+        acos acosh asin asinh atan atan2 atanh cosh sinh tan angle celu selu log_sigmoid hardshrink softshrink threshold logit erfc
         erfinv exp2 log2 log10 digamma lgamma polygamma sinc xlogy.Tensor xlogy.Scalar_Self xlogy.Scalar_Other special_entr
         special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_ndtri special_xlog1py special_expit special_logit i0
         mvlgamma igamma igammac copysign.Tensor copysign.Scalar hypot logaddexp logaddexp2 fmax fmin max.other min.other clamp.Tensor
