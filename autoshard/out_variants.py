@@ -33,7 +33,7 @@ def expand_out_variants(program: Program) -> None:
             op = node.target
             functional = functional_form(op) if isinstance(op, torch._ops.OpOverload) else None
             if functional is not None:
-                _expand(node, op, functional)  # type: ignore[arg-type]
+                _expand(node, op, functional)
 
 
 def functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

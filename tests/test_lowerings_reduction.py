@@ -58,6 +58,8 @@ SENT = {
     "mean": (aten.mean.dim, ([-1],), {}),
     "argmax": (aten.argmax.default, (-1,), {("all_gather", 8): 4}),
     "max": (aten.max.dim, (-1,), {("all_gather", 8): 4, ("slice", 16): 2}),
+    "topk": (aten.topk.default, (3, -1), {("all_gather", 24): 4, ("slice", 48): 2}),
+    "kthvalue": (aten.kthvalue.default, (5, -1), {("all_gather", 32): 2, ("slice", 64): 1, ("all_gather", 40): 2, ("slice", 80): 1}),
 }
 
 
@@ -82,9 +84,24 @@ def test_place_among_all_numbers() -> None:
     assert {strategy.factor for (strategy,) in check_rule(aten.argmax.default, x(4, 6))} == {"", "d0"}
 
 
+@pytest.mark.parametrize("op", [aten.topk.default, aten.kthvalue.default])
+def test_choice_among_equal_numbers(op: torch._ops.OpOverload) -> None:
+    """Which of them is chosen is open; that it is one of them, the same on all ranks, is not."""
+    case = OpCase(op, (torch.nn.Buffer(ints(3, 4, 16).double()), 5), {}, MESH)
+    found = case.run(next(c for c in case.candidates({}) if [s.factor for s in c.strategies] == ["d1", "d1"]))
+    whole = case.operands[0]
+    for values, places in zip(*found.outputs, strict=True):
+        assert torch.equal(values, case.outputs[0])
+        assert torch.equal(whole.gather(1, places.view(4, -1)), values.view(4, -1))
+        assert torch.equal(places, found.outputs[1][0])
+        assert all(len(row.unique()) == len(row) for row in places.view(4, -1))
+
+
 @pytest.mark.parametrize("place", [0, 5, 15])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["softmax.int", "log_softmax.int", "logsumexp", "max.dim", "min.dim", "argmax", "cumsum", "prod.dim_int"])
+@pytest.mark.parametrize(
+    "name", ["softmax.int", "log_softmax.int", "logsumexp", "max.dim", "min.dim", "argmax", "cumsum", "prod.dim_int", "topk", "kthvalue"]
+)
 def test_what_is_no_number(name: str, value: float, place: int) -> None:
     rows = x(2, 16)
     rows[0, place] = value
@@ -132,7 +149,7 @@ def test_not_offered() -> None:
     def splits(op: torch._ops.OpOverload, *args: object, **kwargs: object) -> set[str]:
         return {strategy.factor for (strategy,) in check_rule(op, *args, **kwargs)} - {""}
 
-    assert splits(aten.topk.default, x(4, 6), 2) == {"k0"}
+    assert splits(aten.topk.default, ints(9, 4, 6), 2) == {"k0"}
     assert splits(aten.var.correction, torch.randn(4, 6, dtype=torch.complex64), [1]) == {"k0"}
     assert splits(aten.linalg_vector_norm.default, x(4, 6), -2, [1]) == {"k0"}
     assert splits(aten.all.dims, x(4, 6) > 0, []) == set()

@@ -51,17 +51,22 @@ def along_whole_dim(call: Call) -> str:
 
 
 def sort(call: Call) -> str:
-    """Sorts along one dim, which stays whole; the others are untouched."""
+    """Sorts along one dim, which stays whole: any number may go to any rank, so that each would need all; the others are untouched."""
     dim = call.get("dim", 0) % max(len(call.inputs[0].shape), 1)
     names = " ".join(_names(call, [dim], whole=True))
     return spell([names], [names] * len(call.outputs))
 
 
 def topk(call: Call) -> str:
-    """Chooses along one dim, which stays whole: which of several equal numbers is chosen, only the op itself can say."""
+    """Chooses along one dim, which a lowering splits. Which of equal numbers it is, torch leaves open; integers, often equal: whole."""
     dim = call.get("dim") % max(len(call.inputs[0].shape), 1)
-    names = _names(call, [dim], whole=True)
+    names = _names(call, [dim], whole=not call.inputs[0].dtype.is_floating_point)
     return spell([" ".join(names)], [" ".join("[t]" if k == dim else name for k, name in enumerate(names))] * 2)
+
+
+def kth(call: Call) -> str:
+    """One number along one dim, which a lowering splits, with equal numbers as in topk."""
+    return _reduced(call, whole=not call.inputs[0].dtype.is_floating_point)
 
 
 def reduction(call: Call) -> str:
@@ -80,7 +85,7 @@ def settled_reduction(call: Call) -> str:
 
 
 def whole_reduction(call: Call) -> str:
-    """Reduces dims that stay whole: the order of all their numbers counts."""
+    """Reduces dims that stay whole: the order of all their numbers counts, so that a rank would need most of them."""
     return _reduced(call, whole=True)
 
 
@@ -160,7 +165,8 @@ ROWS: dict[str, Rule] = {
     **rows("cumsum", Rule(running_sum, Lowering("cumsum", _ALONG, ordered=DIMS))),
     **rows("_safe_softmax cumprod logcumsumexp cummax cummin", Rule(along_whole_dim)),
     **rows("sort sort.stable argsort argsort.stable msort", Rule(sort)),
-    **rows("topk", Rule(topk)),
+    **rows("topk", Rule(topk, Lowering("topk", _ALONG, DIMS, DIMS))),
+    **rows("kthvalue", Rule(kth, Lowering("kthvalue", _ALONG, DIMS, DIMS))),
     **rows("sum sum.dim_IntList", Rule(reduction)),
     **rows("nansum count_nonzero count_nonzero.dim_IntList", Rule(counted)),
     **rows("mean mean.dim", Rule(reduction, Lowering("mean", _SPLIT, uneven=DIMS))),
@@ -192,7 +198,7 @@ ROWS: dict[str, Rule] = {
     **rows("trace", Rule("[m] [n] -> ")),
     **rows("renorm", Rule(renorm)),
     **rows(
-        "median median.dim nanmedian nanmedian.dim kthvalue mode quantile.scalar nanquantile.scalar trapezoid.dx",
+        "median median.dim nanmedian nanmedian.dim mode quantile.scalar nanquantile.scalar trapezoid.dx",
         Rule(whole_reduction),
     ),
 }

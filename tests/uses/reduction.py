@@ -91,7 +91,7 @@ USES: dict[str, list[Use]] = {
         use("", x(12), x(12), -1),
     ],
     "aten.histc.default": [use("d0 d1", Buffer(x(4, 6)), 5, -1, 1), use("", Buffer(x(4, 6)), 5)],
-    "aten.kthvalue.default": [use("k0", x(4, 6), 2), use("k1", x(4, 6), 2, 0, True)],
+    "aten.kthvalue.default": [use("k0 d1", x(4, 6), 2), use("d0 k1", x(12, 6), 7, 0, True), use("k0", ints(9, 4, 6), 2)],
     "aten.linalg_matrix_norm.str_ord": [
         use("k0 d1 d2", x(2, 4, 6)),
         use("d0 k1 d2", x(4, 2, 6), "fro", [0, -1], True),
@@ -208,7 +208,14 @@ USES: dict[str, list[Use]] = {
         use("k0 d1", bools(4, 6), [1]),
         use("d0 k1", Buffer(x(4, 6)), [0], dtype=torch.int64),
     ],
-    "aten.topk.default": [use("k0", x(4, 6), 2), use("k1", x(4, 6), 3, 0, False)],
+    "aten.topk.default": [
+        use("k0 d1", x(4, 6), 2),
+        use("d0 k1", x(12, 6), 9, 0, False),
+        use("k0 d1 k2", x(2, 12, 4), 1, -2, True, False),
+        use("k0 d1", Buffer(x(4, 12)), 12),
+        use("k0", ints(9, 4, 12), 2),
+        use("", x(), 1, 0),
+    ],
     "aten.trace.default": [use("", x(4, 6))],
     "aten.trapezoid.dx": [use("k0", x(4, 6), dx=0.5), use("k1", x(4, 6), dim=0)],
     "aten.var.correction": [
