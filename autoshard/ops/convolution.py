@@ -101,7 +101,7 @@ def _pooling(call: Call, mark: str, is_regular: bool) -> Limited:
 
 
 def adaptive_pooling(call: Call) -> Limited:
-    """Windows that divide each dim need no halo; a dim that ends as one row is a mean."""
+    """Windows that divide a dim need no halo; a dim that ends as one row is a mean. Others stay whole: their windows overlap unevenly."""
     space = len(call.get("output_size"))
     lengths = list(zip(call.inputs[0].shape[-space:], call.outputs[0].shape[-space:], strict=True))
     reaches = [0 if result > 1 and length % result == 0 else None for length, result in lengths]
@@ -177,6 +177,7 @@ ROWS: dict[str, Rule] = {
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
         Rule(adaptive_pooling, Lowering("adaptive_avg_pool", {**_AXES, **_IN}, ordered=_ORDERED)),
     ),
+    # Whole in space: the second result counts positions in the whole image, so that pieces would have to be numbered anew.
     **rows("adaptive_max_pool1d max_pool1d_with_indices", Rule("b* [x] -> b* [u], b* [u]")),
     **rows("adaptive_max_pool2d max_pool2d_with_indices", Rule("b* [y] [x] -> b* [v] [u], b* [v] [u]")),
     **rows("adaptive_max_pool3d max_pool3d_with_indices", Rule("b* [z] [y] [x] -> b* [w] [v] [u], b* [w] [v] [u]")),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autoshard.ops.row import Call, Rule, Sized, TensorInfo, dims_of, letters, rows, spell
+from autoshard.ops.row import Call, Limited, Lowering, Rule, Sized, TensorInfo, dims_of, letters, rows, spell
+
+SHIFTED = "uvw"  # factors of the first dims that an op moves numbers along: each is split by an argument of its own
 
 
 def reshape(call: Call) -> Sized:
@@ -156,18 +158,73 @@ def bytes_viewed(call: Call) -> str:
 
 
 def resized_dims(call: Call) -> str:
-    """Dims whose length the op changes, or that it moves along, stay whole; the others are untouched."""
+    """Dims whose length the op changes stay whole, as pieces of the result would end where no piece did; the others are untouched."""
     moved = set(dims_of(call, "dims", len(call.inputs[0].shape))) if call.get("dims") is not None else set()
-    padding = call.get("pad", ())  # two numbers per dim, the last dim first; (1, -1) moves a dim and keeps its length
-    moved |= {len(call.inputs[0].shape) - 1 - k // 2 for k, width in enumerate(padding) if width}
     moved |= {"aten.flipud.default": {0}, "aten.fliplr.default": {1}}.get(call.op, set())
     if call.op in ("aten.diff.default", "aten.narrow.default"):
         moved.add(call.get("dim", -1) % len(call.inputs[0].shape))
     shapes = [t.shape for t in (*call.inputs, *call.outputs)]
     kept = [len({shape[k] for shape in shapes}) == 1 and k not in moved for k in range(len(shapes[0]))]
     operand = [" ".join(f"d{k}" if keep else f"[m{k}x{t}]" for k, keep in enumerate(kept)) for t in range(len(shapes))]
-    mark = "~" if len(call.inputs) == 1 and not padding else ""
+    mark = "~" if len(call.inputs) == 1 else ""
     return spell([mark + operand[0], *operand[1:-1]], operand[-1:])
+
+
+def flipped(call: Call) -> str:
+    """Dims that are turned round stay whole: pieces would change places with their mirror images; the others are untouched."""
+    return resized_dims(call)
+
+
+def sliced(call: Call) -> Sized:
+    """A part of one dim, which stays whole, unless it is one of every few numbers of all: then each piece gives its own."""
+    shape, step, start = call.inputs[0].shape, call.get("step", 1), call.get("start") or 0
+    dim = call.get("dim", 0) % len(shape)
+    is_spread = 0 <= start < step and shape[dim] % step == 0 and call.outputs[0].shape[dim] == shape[dim] // step
+    if step == 1 or not is_spread:
+        return resized_dims(call), {}
+    names = letters(len(shape))
+    return spell(["~" + " ".join(f"({n} [s])" if k == dim else n for k, n in enumerate(names))], [" ".join(names)]), {"s": step}
+
+
+def padded(call: Call) -> Limited:
+    """Padded dims stay whole, unless all is moved along and as much falls off: the neighbour lends that, to a constant's other end."""
+    shape, widths = call.inputs[0].shape, call.get("pad")
+    is_constant, value = call.get("mode", "constant") == "constant", call.get("value")
+    source, out, limits = letters(len(shape)), letters(len(shape)), {}
+    for number, k in enumerate(_padded_dims(len(shape), widths)):
+        before, after = _widths(len(shape), widths, k)
+        source[k], out[k] = f"[m{k}]", f"[n{k}]"
+        if is_constant and before == -after and number < len(SHIFTED):
+            source[k] = out[k] = SHIFTED[number]
+            limits[SHIFTED[number]] = shape[k] // abs(before)
+    mark = "" if is_constant and value else "~"
+    return spell([mark + " ".join(source)], [" ".join(out)]), {}, limits
+
+
+def _widths(ndim: int, widths: Sequence[int], dim: int) -> tuple[int, int]:
+    """What is put before and after a dim; `widths` has two numbers per dim, the last dim first."""
+    at = 2 * (ndim - 1 - dim)
+    return tuple(widths[at : at + 2])  # type: ignore[return-value]
+
+
+def _padded_dims(ndim: int, widths: Sequence[int]) -> list[int]:
+    return [dim for dim in range(ndim - len(widths) // 2, ndim) if any(_widths(ndim, widths, dim))]
+
+
+def rolled(call: Call) -> Limited:
+    """Dims moved round: up to three of them may be split, neighbours lend what moves; without dims all is one list, which stays whole."""
+    ndim = len(call.inputs[0].shape)
+    dims, shifts = ([given] if isinstance(given, int) else list(given or ()) for given in (call.get("dims"), call.get("shifts")))
+    dims = [dim % ndim for dim in dims]
+    names, limits = letters(ndim), {}
+    if not dims or len(set(dims)) < len(dims):
+        names = [f"[{name}]" if k in dims or not dims else name for k, name in enumerate(names)]
+        return spell(["~" + " ".join(names)], [" ".join(names)]), {}, {}
+    for number, (dim, shift) in enumerate(zip(dims, shifts, strict=True)):
+        names[dim] = SHIFTED[number] if number < len(SHIFTED) else f"[{names[dim]}]"
+        size = max(call.inputs[0].shape[dim], 1)
+        limits[names[dim]] = size // max(min(shift % size, -shift % size), 1)
+    return spell(["~" + " ".join(names)], [" ".join(names)]), {}, limits
 
 
 def select(call: Call) -> str:
@@ -227,6 +284,8 @@ def stack(call: Call) -> str:
     return spell(["+" + " ".join(n for k, n in enumerate(names) if k != dim)] * len(call.inputs), [out])
 
 
+_SHIFT_AXES = {"u": "first_axes", "v": "second_axes", "w": "third_axes"}
+
 ROWS: dict[str, Rule] = {
     # Shapes.
     **rows("view _unsafe_view", Rule(reshape, shape="size")),
@@ -243,7 +302,11 @@ ROWS: dict[str, Rule] = {
     **rows("permute transpose.int t numpy_T mT mH matrix_H adjoint", Rule(permute)),
     **rows("swapaxes swapdims movedim.int movedim.intlist moveaxis.int moveaxis.intlist", Rule(permute)),
     **rows("squeeze.dim squeeze squeeze.dims", Rule(squeeze)),
-    **rows("slice.Tensor narrow pad constant_pad_nd diff flip fliplr flipud roll rot90", Rule(resized_dims)),
+    **rows("slice.Tensor", Rule(sliced)),
+    **rows("narrow diff", Rule(resized_dims)),
+    **rows("flip fliplr flipud rot90", Rule(flipped)),
+    **rows("pad constant_pad_nd", Rule(padded, Lowering("shift", _SHIFT_AXES, ordered=frozenset(SHIFTED)))),
+    **rows("roll", Rule(rolled, Lowering("roll", _SHIFT_AXES, ordered=frozenset(SHIFTED)))),
     **rows("select.int", Rule(select)),
     **rows("chunk unsafe_chunk tensor_split.sections", Rule(split)),
     **rows("split.Tensor unsafe_split.Tensor", Rule(split, piece="split_size")),

@@ -19,6 +19,7 @@ from .conversions import *  # noqa: F403
 from .convolution import *  # noqa: F403
 from .embedding import *  # noqa: F403
 from .expert_dispatch import *  # noqa: F403
+from .halo import *  # noqa: F403
 from .indexing import *  # noqa: F403
 from .loss import *  # noqa: F403
 from .normalization import *  # noqa: F403

@@ -201,6 +201,6 @@ def ways(axes: Sequence[Axis]) -> int:
     return total
 
 
-def is_at(axis: Axis, rank: int, like: Tensor) -> Tensor:
-    """Whether this rank is number `rank` of the axis, as a tensor beside `like`."""
-    return (like.new_zeros((), dtype=torch.int64) + axis.rank) == rank
+def is_at(axes: Sequence[Axis], number: int, like: Tensor) -> Tensor:
+    """Whether this rank has piece `number` of those that `axes` split, as a tensor beside `like`."""
+    return (like.new_zeros((), dtype=torch.int64) + position(axes)) == number

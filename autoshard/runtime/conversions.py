@@ -26,10 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .axes import Axis, Collective, Segments, is_at
+from .axes import Axis, Collective, Segments
 
 __all__ = [
     "all_gather",
@@ -141,14 +140,6 @@ def total(x: Tensor, axes: Sequence[Axis]) -> Tensor:
 def rotate(x: Tensor, axis: Axis, by: int) -> Tensor:
     """What the rank `by` places before holds, round the axis: A | B | C => C | A | B by 1."""
     return axis.convert(x, Collective("rotate", by), Collective("rotate", -by))
-
-
-def neighbour(x: Tensor, axes: Sequence[Axis], by: int) -> Tensor:
-    """What the piece `by` (1 or -1) places before holds among those that `axes` split, zeros at the edge: A | B | C => 0 | A | B by 1."""
-    *outer, inner = axes
-    edge = is_at(inner, 0 if by > 0 else inner.size - 1, x)
-    moved = rotate(x, inner, by)
-    return torch.where(edge, neighbour(moved, outer, by) if outer else 0.0, moved)
 
 
 def varied(x: Tensor, axes: Sequence[Axis]) -> Tensor:

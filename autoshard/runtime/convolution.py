@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .axes import Axis, ways
-from .conversions import neighbour
+from .halo import with_halo
 
 __all__ = ["adaptive_avg_pool", "avg_pool", "conv", "conv_transpose", "max_pool", "upsample_bilinear2d", "upsample_nearest"]
 
@@ -21,31 +21,10 @@ _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE_AVG_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
-def with_halo(x: Tensor, dim: int, left: int, right: int, axes: Axes, edge: float | None = 0.0) -> Tensor:
-    """`x` with `left` more rows before and `right` after it along `dim`, which `axes` split; negative counts drop rows.
-
-    Beyond the edges of the whole value stands `edge`, or with None the outermost row again.
-    """
-    parts = [x]
-    length = x.shape[dim]
-    if left > 0:
-        parts.insert(0, _beyond(x, x.narrow(dim, length - left, left), dim, 1, axes, edge))
-    if right > 0:
-        parts.append(_beyond(x, x.narrow(dim, 0, right), dim, -1, axes, edge))
-    whole = torch.cat(parts, dim) if len(parts) > 1 else x
-    start, stop = max(-left, 0), whole.shape[dim] - max(-right, 0)
-    return whole.narrow(dim, start, stop - start) if stop - start < whole.shape[dim] else whole
-
-
-def _beyond(x: Tensor, lent: Tensor, dim: int, by: int, axes: Axes, edge: float | None) -> Tensor:
-    """What the neighbour before (by 1) or after (-1) this piece lent, as this piece lent `lent` to the one on its other side."""
-    found = neighbour(lent, axes, by)
-    if edge == 0.0:
-        return found
-    at_edge = neighbour(x.new_ones(()), axes, by) == 0.0
-    outermost = x.narrow(dim, 0 if by > 0 else x.shape[dim] - 1, 1)
-    own = outermost.repeat_interleave(lent.shape[dim], dim) if edge is None else edge
-    return torch.where(at_edge, own, found)
+def _dims_of_space(x: Tensor, space: int, *axes: Axes) -> Iterator[tuple[int, int, Axes]]:
+    """For each of the last `space` dims: its number among them, its number in `x`, and what splits it. axes: of as many dims or more."""
+    for k, split in enumerate(axes[len(axes) - space :]):
+        yield k, x.dim() - space + k, split
 
 
 def conv(
@@ -67,8 +46,7 @@ def conv(
     stride, dilation = _each(stride, space), _each(dilation, space)
     before, after = _paddings(padding, weight.shape[2:], dilation)
     pads = [0] * space
-    for k, axes in enumerate((depth_axes, height_axes, width_axes)[3 - space :]):
-        dim = x.dim() - space + k
+    for k, dim, axes in _dims_of_space(x, space, depth_axes, height_axes, width_axes):
         if axes:
             x = with_halo(x, dim, before[k], dilation[k] * (weight.shape[2 + k] - 1) + 1 - stride[k] - before[k], axes)
         elif before[k] == after[k]:
@@ -113,9 +91,8 @@ def conv_transpose(
     space = weight.dim() - 2
     stride, padding, output_padding, dilation = (_each(v, space) for v in (stride, padding, output_padding, dilation))
     crops: list[tuple[int, int, int]] = []
-    for k, axes in enumerate((depth_axes, height_axes, width_axes)[3 - space :]):
+    for k, dim, axes in _dims_of_space(x, space, depth_axes, height_axes, width_axes):
         if axes:
-            dim = x.dim() - space + k
             reach, length = dilation[k] * (weight.shape[2 + k] - 1), x.shape[dim] * stride[k]
             left, right = (reach - padding[k]) // stride[k], -(-padding[k] // stride[k])
             x = with_halo(x, dim, left, right, axes)
@@ -179,9 +156,9 @@ def _pool_input(
     kernel = list(kernel_size)
     space = len(kernel)
     steps, pads, spread = _each(stride, space) if stride else kernel, _each(padding, space), _each(dilation, space)
-    for k, split in enumerate(axes[3 - space :]):
+    for k, dim, split in _dims_of_space(x, space, *axes):
         if split:
-            x = with_halo(x, x.dim() - space + k, pads[k], spread[k] * (kernel[k] - 1) + 1 - steps[k] - pads[k], split, edge)
+            x = with_halo(x, dim, pads[k], spread[k] * (kernel[k] - 1) + 1 - steps[k] - pads[k], split, edge)
             pads[k] = 0
     return x, kernel, steps, pads
 
@@ -192,7 +169,7 @@ def adaptive_avg_pool(
     """Mean over windows that divide each dim; a dim that ends as one row is a term of the whole mean (P)."""
     sizes = _each(output_size, 1)
     local, scale = list(sizes), 1
-    for k, axes in enumerate((depth_axes, height_axes, width_axes)[3 - len(sizes) :]):
+    for k, _, axes in _dims_of_space(x, len(sizes), depth_axes, height_axes, width_axes):
         if axes and sizes[k] == 1:
             scale *= ways(axes)
         elif axes:
@@ -227,11 +204,11 @@ def upsample_bilinear2d(
     """Rows between rows: each piece reads one row of its neighbours, at the edges of the whole value its own again."""
     local = _grown(x, output_size, scale_factors, (height_axes, width_axes))
     crops = []
-    for k, axes in enumerate((height_axes, width_axes)):
+    for k, dim, axes in _dims_of_space(x, 2, height_axes, width_axes):
         if axes:
-            factor = local[k] // x.shape[2 + k]
-            x = with_halo(x, 2 + k, 1, 1, axes, None)
-            crops.append((2 + k, factor, local[k]))
+            factor = local[k] // x.shape[dim]
+            x = with_halo(x, dim, 1, 1, axes, "outermost")
+            crops.append((dim, factor, local[k]))
             local[k] += 2 * factor
     y = F.interpolate(x, size=local, mode="bilinear", align_corners=align_corners)
     for dim, start, length in crops:
