@@ -112,6 +112,13 @@ def adaptive_pooling(call: Call) -> Limited:
     return f"~b* {source} -> b* {result}{links}", {}, limits
 
 
+def pooling_with_places(call: Call) -> str:
+    """Whole in space: the second result counts places in the whole image, which pieces would have to count anew."""
+    space = int(call.op.partition("pool")[2][0])
+    source, result = (" ".join(f"[{letter}{k}]" for k in range(space)) for letter in "xy")
+    return spell([f"b* {source}"], [f"b* {result}"] * 2)
+
+
 def nearest(call: Call) -> Limited:
     """Rows repeated: a dim that grows by a whole factor is split."""
     return _resampling(call, 0)
@@ -177,10 +184,7 @@ ROWS: dict[str, Rule] = {
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
         Rule(adaptive_pooling, Lowering("adaptive_avg_pool", {**_AXES, **_IN}, ordered=_ORDERED)),
     ),
-    # Whole in space: the second result counts positions in the whole image, so that pieces would have to be numbered anew.
-    **rows("adaptive_max_pool1d max_pool1d_with_indices", Rule("b* [x] -> b* [u], b* [u]")),
-    **rows("adaptive_max_pool2d max_pool2d_with_indices", Rule("b* [y] [x] -> b* [v] [u], b* [v] [u]")),
-    **rows("adaptive_max_pool3d max_pool3d_with_indices", Rule("b* [z] [y] [x] -> b* [w] [v] [u], b* [w] [v] [u]")),
+    **rows(" ".join(f"adaptive_max_pool{n}d max_pool{n}d_with_indices" for n in (1, 2, 3)), Rule(pooling_with_places)),
     **rows(
         "upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec",
         Rule(nearest, Lowering("upsample_nearest", _AXES, ordered=_ORDERED)),

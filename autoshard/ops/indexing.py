@@ -166,6 +166,11 @@ def index_fill(call: Call) -> str:
     return spell([target, index], [target]) if len(call.inputs) == 2 else spell(["+" + target, index, "+"], [target])
 
 
+def masked_scatter(call: Call) -> str:
+    """All whole: which number of the source goes where depends on how many places are masked before it, on all ranks."""
+    return "+[p*], [p*], +[s*] -> [p*]"
+
+
 def select_scatter(call: Call) -> str:
     """Writes one slice of a dim, which stays whole."""
     names, dim = _along(call, [call.inputs[0].shape])
@@ -270,8 +275,7 @@ ROWS: dict[str, Rule] = {
     **rows("index_add", Rule(index_add, _split_dim("index_add"))),
     **rows("index_copy", Rule(index_copy, _split_dim("index_copy"))),
     **rows("index_fill.int_Scalar index_fill.int_Tensor", Rule(index_fill, _split_dim("index_fill"))),
-    # Which source element goes where depends on how many are masked before it, on all ranks: whole.
-    **rows("masked_scatter", Rule("+[p*], [p*], +[s*] -> [p*]")),
+    **rows("masked_scatter", Rule(masked_scatter)),
     **rows("masked_fill.Tensor", Rule("+p*, p*, + -> p*")),
     **rows("fill.Scalar", Rule("p* -> p*")),
     **rows("fill.Tensor", Rule("p*, -> p*")),
