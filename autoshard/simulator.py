@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from autoshard import autocast
 from autoshard.mesh import MeshSpec
 from autoshard.placements import padded_axes, shard, unshard
-from autoshard.program import Program, arguments, facts, is_of_runtime
+from autoshard.program import Program, facts, is_of_runtime
+from autoshard.quiet_random import without_draws
 from autoshard.runtime import Collective, change_padding, cut, join, mix, pad_cut, pad_shard, seeded, trim_joined
 
 
@@ -256,7 +257,7 @@ def run_program(
     """Run a finished program on all ranks. tensors: global parameters and buffers by name; inputs: global, by name.
 
     A parameter or buffer may be the Ranks of an earlier simulation's `leaves` instead: training goes on with those very
-    tensors. is_random: False switches dropout off.
+    tensors. is_random: False switches random ops off (autoshard.quiet_random).
     """
     simulation = Simulation(program)
     env: dict[fx.Node, Any] = {}
@@ -302,9 +303,9 @@ def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis]
     if known.is_drawn_whole:
         return _run_drawn_whole(program, node, args, kwargs)
     if known.random_axes is not None and seed is None:
-        args, kwargs = lookup(without_randomness(node))
-        return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
-    if known.random_axes is not None and seed is not None:
+        target, *given = without_draws(node)
+        args, kwargs = lookup(given)
+    elif known.random_axes is not None and seed is not None:
         return _run_random(program, node, args, kwargs, seed)
     if not any(isinstance(leaf, Ranks) for leaf in _leaves((args, kwargs))):
         return Ranks([target(*args, **kwargs) for _ in range(program.mesh.size)])  # type: ignore[operator]
@@ -327,10 +328,3 @@ def _run_drawn_whole(program: Program, node: fx.Node, args: tuple, kwargs: dict)
         torch.set_rng_state(state)
         results.append(node.target(*_pick(args, rank), **_pick(kwargs, rank)))  # type: ignore[operator]
     return Ranks(results)
-
-
-def without_randomness(node: fx.Node) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of a random op under which it draws nothing: its probability is 0."""
-    bound = {name: 0.0 if name in ("p", "dropout_p", "dropout") else value for name, value in arguments(node).items()}
-    keyword_only = {argument.name for argument in node.target._schema.arguments if argument.kwarg_only}  # type: ignore[union-attr]
-    return tuple(v for k, v in bound.items() if k not in keyword_only), {k: v for k, v in bound.items() if k in keyword_only}

@@ -17,9 +17,10 @@ from autoshard.mesh import MeshSpec
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
 from autoshard.placements import shard
 from autoshard.plan import Plan
-from autoshard.program import Program, call_of, example_sizes, facts, op_name
+from autoshard.program import Program, call_of, draws_random, example_sizes, facts, op_name
+from autoshard.quiet_random import without_draws
 from autoshard.rules import rule_of
-from autoshard.simulator import Ranks, Simulation, run_program, without_randomness
+from autoshard.simulator import Ranks, Simulation, run_program
 from autoshard.torch_internals import pytree, tag_checkpoints
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -73,6 +74,10 @@ def _tensors(model: nn.Module, program: Program) -> dict[str, torch.Tensor]:
 
 def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], tolerance: float | None = None) -> Verification:
     """See autoshard.verify."""
+
+    def apart(expected: torch.Tensor | None, pieces: Sequence[torch.Tensor | None], node: fx.Node | None) -> float:
+        return difference(expected, pieces, node, plan.mesh, 1.0 if expected is None else max(largest(expected), 1.0))
+
     is_random_off = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
     reference, state = copy.deepcopy(model), torch.get_rng_state()
     reference.train(plan.program.is_training)
@@ -82,7 +87,7 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
     simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
     actual = [output for output in simulation.outputs if isinstance(output, Ranks)]
     nodes = [node for node in plan.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
-    outputs = max((_worst(e, y.values, n, plan.mesh) for e, y, n in zip(expected, actual, nodes, strict=True)), default=0.0)
+    outputs = max((apart(e, y.values, n) for e, y, n in zip(expected, actual, nodes, strict=True)), default=0.0)
     cotangents = [torch.randn_like(e) if e.requires_grad else None for e in expected]
     gradients: dict[str, float] = {}
     if any(c is not None for c in cotangents):
@@ -93,38 +98,45 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
         own = plan.program.aliases.get(name, name)
         found = [x.grad for x in simulation.leaves[own].values] if own in placed else [None]
         if parameter.grad is not None or any(grad is not None for grad in found):
-            gradients[name] = _worst(parameter.grad, found, placed.get(own), plan.mesh)
+            gradients[name] = apart(parameter.grad, found, placed.get(own))
     named = {name: b for name, b in reference.named_buffers() if name in placed and b.numel()}
-    buffers = {name: _worst(b, simulation.leaves[name].values, placed[name], plan.mesh) for name, b in named.items()}
-    return Verification(outputs, gradients, buffers, _tolerance(plan.program) if tolerance is None else tolerance, is_random_off)
+    buffers = {name: apart(b, simulation.leaves[name].values, placed[name]) for name, b in named.items()}
+    allowed = tolerance_of(plan.program, _TOLERANCE) if tolerance is None else tolerance
+    return Verification(outputs, gradients, buffers, allowed, is_random_off)
 
 
-def _tolerance(program: Program) -> float:
+def tolerance_of(program: Program, by_dtype: Mapping[torch.dtype, float]) -> float:
     """That of the least precise dtype that the program computes in."""
     dtypes = {value.dtype for node in program.nodes("op", "parameter") for value in facts(node).values if value.dtype.is_floating_point}
-    return max((_TOLERANCE.get(dtype, 1e-4) for dtype in dtypes), default=1e-9)
+    return max((by_dtype.get(dtype, by_dtype[torch.float32]) for dtype in dtypes), default=by_dtype[torch.float64])
 
 
-def _worst(expected: torch.Tensor | None, pieces: Sequence[torch.Tensor | None], node: fx.Node | None, mesh: MeshSpec) -> float:
-    """Largest difference on any rank: ranks that hold the same thing must hold it alike."""
+def largest(tensor: torch.Tensor) -> float:
+    """Largest finite number, without its sign; 0 where there is none."""
+    finite = tensor.detach()[tensor.detach().isfinite()] if tensor.is_floating_point() else tensor.new_empty(0)
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def difference(
+    expected: torch.Tensor | None, pieces: Sequence[torch.Tensor | None], node: fx.Node | None, mesh: MeshSpec, scale: float
+) -> float:
+    """Largest difference on any rank, in units of `scale`: ranks that hold the same thing must hold it alike.
+
+    inf: another shape or dtype, a NaN on one side, or a tensor (a gradient) on one side only. 0 where neither has one.
+    """
     if expected is None or node is None or any(piece is None for piece in pieces):
-        return float("inf")
+        return 0.0 if expected is None and all(piece is None for piece in pieces) else float("inf")
     wanted = [shard(expected.detach(), facts(node).layout, mesh, at) for at in mesh.coordinates()]
-    finite = expected.detach()[expected.detach().isfinite()] if expected.is_floating_point() else expected.new_empty(0)
-    scale = max(float(finite.abs().max()), 1.0) if finite.numel() else 1.0
-    return max(_difference(want, piece, scale) for want, piece in zip(wanted, pieces, strict=True))  # type: ignore[arg-type]
+    return max(_apart(want, piece) / scale for want, piece in zip(wanted, pieces, strict=True))  # type: ignore[arg-type]
 
 
-def _difference(expected: torch.Tensor, actual: torch.Tensor, scale: float) -> float:
-    """Largest difference, as a part of `scale`."""
+def _apart(expected: torch.Tensor, actual: torch.Tensor) -> float:
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return float("inf")
-    if not expected.numel():
-        return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, actual) else float("inf")
     both = (expected == actual) | (expected.isnan() & actual.isnan())  # infinities and NaN count as equal to themselves
-    error = float(torch.where(both, 0.0, expected - actual.detach()).abs().max()) / scale
+    error = float(torch.where(both, 0.0, expected.double() - actual.detach().double()).abs().max()) if both.numel() else 0.0
     return error if error == error else float("inf")
 
 
@@ -152,9 +164,8 @@ def run_single(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Ma
             return list(fx.map_arg(node.args[0], lambda n: env[n]))
         else:
             rule = rule_of(op_name(node)) if known.role == "op" else None
-            args, kwargs = (node.args, dict(node.kwargs))
-            if rule is not None and rule.is_random(call_of(node)):
-                args, kwargs = without_randomness(node)
+            is_random = draws_random(node) if rule is None else rule.is_random(call_of(node))
+            target, args, kwargs = without_draws(node) if is_random else (node.target, node.args, dict(node.kwargs))
             with autocast.entered(known.autocast):
-                env[node] = node.target(*fx.map_arg(args, lambda n: env[n]), **fx.map_arg(kwargs, lambda n: env[n]))
+                env[node] = target(*fx.map_arg(args, lambda n: env[n]), **fx.map_arg(kwargs, lambda n: env[n]))
     return []

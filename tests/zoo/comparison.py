@@ -23,11 +23,12 @@ from autoshard.errors import AutoshardError, ConstraintError, InputError
 from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.passes import AnnotateShardings, EmitPrograms, FoldConstants, InsertCollectives, LocalizeShapes, NormalizeGraph, TraceModel
-from autoshard.placements import shard
 from autoshard.planner import check_batch
-from autoshard.program import Program, draws_random, facts, op_name
+from autoshard.program import Program, draws_random, facts
+from autoshard.quiet_random import DRAWN, filled
 from autoshard.runner import run_passes
 from autoshard.simulator import Ranks, Simulation, run_program
+from autoshard.verification import difference, largest, tolerance_of
 from zoo.models import Entry, build
 
 MESHES = ("a=2", "a=2,b=2")
@@ -35,7 +36,6 @@ KINDS = ("ddp", "fsdp", "megatron", "random 0", "random 1")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 SEEDS = 4
 SMALLEST = 1e-3  # what counts as zero beside the largest value of all tensors of a kind
-_DRAWN = {"randn_like": 0.25, "randn": 0.25, "rand_like": 0.5, "rand": 0.5}  # in place of drawn numbers
 
 
 class QuietRandom(TorchFunctionMode):
@@ -51,7 +51,11 @@ class QuietRandom(TorchFunctionMode):
         if name == "scaled_dot_product_attention" and len(args) > 4:
             args = (*args[:4], 0.0, *args[5:])
         result = func(*args, **given)
-        return result.fill_(_DRAWN[name]) if name in _DRAWN else result
+        drawn = name.removesuffix("_")
+        if drawn not in DRAWN or not isinstance(result, Tensor):
+            return result
+        constant = filled(result, drawn)
+        return result.copy_(constant) if name.endswith("_") else constant
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Subject:
         arguments = {name: leaf for name, leaf in named if name is not None}
         named_tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         held = {name: x.detach().clone() for name, x in named_tensors} | program.constants
-        tolerance = _tolerance(program) if entry.tolerance is None else entry.tolerance
+        tolerance = tolerance_of(program, TOLERANCE) if entry.tolerance is None else entry.tolerance
         return cls(entry, mode, program, held, arguments, run_alone(entry, mode, program), tolerance)
 
     def plan(self, mesh: str, kind: str) -> Program:
@@ -156,7 +160,6 @@ class Subject:
         """All ranks of a program, forward and backward. Without random ops it is the emitted text that runs."""
         held, arguments = copy.deepcopy(self.held), self.arguments
         if any(draws_random(node) for node in program.nodes("op")):
-            _draw_nothing(program)
             simulation = run_program(program, held, arguments, is_random=False)
         else:
             simulation = run_text(program, held, arguments)
@@ -175,7 +178,7 @@ class Subject:
         def compare(
             what: str, wanted: Tensor | None, pieces: Sequence[Tensor | None], node: fx.Node | None, among: list[Tensor | None]
         ) -> None:
-            found[what] = difference(wanted, pieces, node, program.mesh, among)
+            found[what] = difference(wanted, pieces, node, program.mesh, scale_of(wanted, among))
 
         for k, (node, output) in enumerate(zip(nodes, outputs, strict=True)):
             compare(f"result {k}", expected.results[k], output.values, node, expected.results)
@@ -218,54 +221,10 @@ def run_alone(entry: Entry, mode: str, program: Program) -> Expected:
     return Expected([y.detach() for y in results], cotangents, gradients, inputs, buffers)
 
 
-def difference(
-    wanted: Tensor | None, pieces: Sequence[Tensor | None], node: fx.Node | None, mesh: MeshSpec, among: Sequence[Tensor | None]
-) -> float:
-    """Of every rank's piece from its part of the global value; inf for another shape or dtype, NaN, or a gradient on one side only."""
-    if wanted is None or node is None or any(piece is None for piece in pieces):
-        return 0.0 if wanted is None and all(piece is None for piece in pieces) else float("inf")
-    largest = max((_largest(x) for x in among if x is not None), default=0.0)
-    scale = max(_largest(wanted), SMALLEST * largest) or 1.0
-    worst = 0.0
-    for at, piece in zip(mesh.coordinates(), pieces, strict=True):
-        part = shard(wanted.detach(), facts(node).layout, mesh, at)
-        if piece is None or (piece.shape, piece.dtype) != (part.shape, part.dtype):
-            return float("inf")
-        same = (part == piece) | (part.isnan() & piece.isnan()) if part.is_floating_point() else part == piece
-        if bool(same.all()):
-            continue
-        error = float(torch.where(same, 0.0, (part.detach().double() - piece.detach().double())).abs().max()) / scale
-        worst = max(worst, error if error == error and part.is_floating_point() else float("inf"))
-    return worst
-
-
-def _largest(tensor: Tensor) -> float:
-    finite = tensor.detach()[tensor.detach().isfinite()] if tensor.is_floating_point() else tensor.new_empty(0)
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def _tolerance(program: Program) -> float:
-    values = [value for node in program.nodes("op", "parameter") for value in facts(node).values]
-    return max((TOLERANCE.get(v.dtype, 1e-5) for v in values if v.dtype.is_floating_point), default=1e-9)
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """An op that draws numbers, with a constant in their place."""
-
-    op: Any
-    value: float
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.op(*args, **kwargs).fill_(self.value)
-
-
-def _draw_nothing(program: Program) -> None:
-    """Ops that draw numbers give constants; dropout, which has a probability, is left to the simulator."""
-    for node in program.nodes("op"):
-        name = op_name(node).split(".")[1] if op_name(node).startswith("aten.") else ""
-        if name in _DRAWN:
-            node.target, facts(node).random_axes = _Constant(node.target, _DRAWN[name]), None
+def scale_of(wanted: Tensor | None, among: Sequence[Tensor | None]) -> float:
+    """What a tensor's differences are measured by: its largest number, or that of all tensors of its kind where it is next to nothing."""
+    most = max((largest(x) for x in among if x is not None), default=0.0)
+    return max(0.0 if wanted is None else largest(wanted), SMALLEST * most) or 1.0
 
 
 def describe(error: BaseException) -> str:
