@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoshard.ops.row import Call, Lowering, Rule, rows, spell
+from autoshard.runtime.loss import AVERAGED
 
 _NONE, _MEAN, _SUM = 0, 1, 2
 _CLASSES = frozenset("c")
@@ -48,34 +49,24 @@ def pair_loss(call: Call) -> str:
     return spell([f"{samples} [n]"] * 2 + [samples], [samples if call.get("reduction") == _NONE else ""])
 
 
-def _averaged(name: str) -> Lowering:
-    return Lowering(name, {"m": "sample_axes"})
-
-
 def _of_classes(name: str) -> Lowering:
     return Lowering(name, {"c": "class_axes", "b": "batch_axes", "s": "batch_axes"}, _CLASSES, _CLASSES)
 
 
-POINTWISE = [
-    "binary_cross_entropy",
-    "binary_cross_entropy_with_logits",
-    "hinge_embedding_loss",
-    "huber_loss",
-    "kl_div",
-    "l1_loss",
-    "margin_ranking_loss",
-    "mse_loss",
-    "poisson_nll_loss",
-    "smooth_l1_loss",
-    "soft_margin_loss",
-]
+# Losses of more than one number each; the others of AVERAGED are losses of each number.
+_EQUATIONS = {
+    "cosine_embedding_loss": pair_loss,
+    "multi_margin_loss": class_margin_loss,
+    "multilabel_margin_loss": sample_loss,
+    "triplet_margin_loss": sample_loss,
+}
 
 ROWS: dict[str, Rule] = {
     **rows("cross_entropy_loss", Rule(cross_entropy, replace(_of_classes("cross_entropy"), uneven=_CLASSES))),
     **rows("nll_loss nll_loss2d nll_loss_nd", Rule(cross_entropy, _of_classes("nll_loss"))),
-    **{op: rule for name in POINTWISE for op, rule in rows(name, Rule(pointwise_loss, _averaged(name))).items()},
-    **rows("triplet_margin_loss", Rule(sample_loss, _averaged("triplet_margin_loss"))),
-    **rows("multilabel_margin_loss", Rule(sample_loss, _averaged("multilabel_margin_loss"))),
-    **rows("multi_margin_loss", Rule(class_margin_loss, _averaged("multi_margin_loss"))),
-    **rows("cosine_embedding_loss", Rule(pair_loss, _averaged("cosine_embedding_loss"))),
+    **{
+        op: rule
+        for name in (*AVERAGED, "kl_div")
+        for op, rule in rows(name, Rule(_EQUATIONS.get(name, pointwise_loss), Lowering(name, {"m": "sample_axes"}))).items()
+    },
 }

@@ -13,25 +13,24 @@ from .conversions import maximum, sum_over, total
 from .padding import is_padding
 from .precision import narrow, widen
 
-__all__ = [
+# Losses whose mean over split samples is the local mean over the number of pieces: each gets a function of its name below.
+AVERAGED = (
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cosine_embedding_loss",
-    "cross_entropy",
     "hinge_embedding_loss",
     "huber_loss",
-    "kl_div",
     "l1_loss",
     "margin_ranking_loss",
     "mse_loss",
     "multi_margin_loss",
     "multilabel_margin_loss",
-    "nll_loss",
     "poisson_nll_loss",
     "smooth_l1_loss",
     "soft_margin_loss",
     "triplet_margin_loss",
-]
+)
+__all__ = ["cross_entropy", "kl_div", "nll_loss", *AVERAGED]
 
 _AUTOCAST = ("cuda", "cpu")  # device types on which autocast makes losses return float32
 
@@ -45,20 +44,7 @@ def _averaged(name: str) -> Callable[..., Tensor]:
     return loss
 
 
-binary_cross_entropy = _averaged("binary_cross_entropy")
-binary_cross_entropy_with_logits = _averaged("binary_cross_entropy_with_logits")
-cosine_embedding_loss = _averaged("cosine_embedding_loss")
-hinge_embedding_loss = _averaged("hinge_embedding_loss")
-huber_loss = _averaged("huber_loss")
-l1_loss = _averaged("l1_loss")
-margin_ranking_loss = _averaged("margin_ranking_loss")
-mse_loss = _averaged("mse_loss")
-multi_margin_loss = _averaged("multi_margin_loss")
-multilabel_margin_loss = _averaged("multilabel_margin_loss")
-poisson_nll_loss = _averaged("poisson_nll_loss")
-smooth_l1_loss = _averaged("smooth_l1_loss")
-soft_margin_loss = _averaged("soft_margin_loss")
-triplet_margin_loss = _averaged("triplet_margin_loss")
+globals().update({name: _averaged(name) for name in AVERAGED})
 
 
 def kl_div(x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False, sample_axes: Sequence[Axis]) -> Tensor:
