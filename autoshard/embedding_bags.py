@@ -31,7 +31,7 @@ def _rewrite(program: Program, node: fx.Node) -> None:
     padding = given.get("padding_idx")
     options = {
         "mode": _MODES[given["mode"]],
-        "padding_idx": -1 if padding is None else padding % facts(given["weight"]).value.shape[0],
+        **({} if padding is None else {"padding_idx": padding % facts(given["weight"]).value.shape[0]}),
         **{name: True for name in ("include_last_offset", "scale_grad_by_freq", "sparse") if given[name]},
     }
     listed = (given["indices"], given["offsets"], given["per_sample_weights"])
