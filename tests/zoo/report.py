@@ -41,7 +41,7 @@ from zoo.models import ENTRIES, REFUSED, Entry, missing
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "out" / "zoo", ROOT / "docs" / "coverage.md"
-MODELS_A_WORKER = 12  # so that memory does not grow
+MODELS_A_POOL = 12  # so that memory does not grow; max_tasks_per_child may hang (python/cpython#115634)
 
 
 @cache
@@ -215,6 +215,24 @@ def _plain(text: str) -> str:
     return re.sub(r"/\S*/site-packages/", "", text).replace(f"{ROOT}/", "").replace("|", "/").replace("\n", " ")
 
 
+def run_some(names: Sequence[str], waiting: dict[str, list[str]], jobs: int, until: float) -> None:
+    """Run `waiting` in processes of their own, and say how each of `names` did."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, spawn, prepare_worker) as pool:
+        began = {name: pool.submit(run_and_keep, name, meshes) for name, meshes in waiting.items()}
+        for name in names:
+            if name in began:
+                try:
+                    began[name].result(max(1.0, until - time.monotonic()))
+                except TimeoutError:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    return
+                except Exception as error:
+                    keep_failure(name, waiting[name], f"the run ended with {type(error).__name__}: {error}")
+            records = [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
+            print(f"{name}: {result_of(records, {**ENTRIES, **REFUSED}[name])}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*ENTRIES, *REFUSED])
@@ -229,20 +247,11 @@ def main() -> None:
     def missing_meshes(name: str) -> list[str]:
         return [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh) is None]
 
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(given.jobs, spawn, prepare_worker, max_tasks_per_child=MODELS_A_WORKER) as pool:
-        waiting = {name: pool.submit(run_and_keep, name, meshes) for name in names if (meshes := missing_meshes(name))}
-        for name in names:
-            if name in waiting:
-                try:
-                    waiting[name].result(max(1.0, until - time.monotonic()))
-                except TimeoutError:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
-                except Exception as error:
-                    keep_failure(name, missing_meshes(name), f"the run ended with {type(error).__name__}: {error}")
+    for start in range(0, len(names), MODELS_A_POOL):
+        some = names[start : start + MODELS_A_POOL]
+        run_some(some, {name: meshes for name in some if (meshes := missing_meshes(name))}, given.jobs, until)
+        for name in some:
             found[name] = [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
-            print(f"{name}: {result_of(found[name], everything[name])}", flush=True)
     PAGE.write_text(page(found))
     failing = [name for name in names if name in ENTRIES and failures_of(found[name])]
     failing += [name for name in names if name in REFUSED and found[name] and result_of(found[name], everything[name]).startswith("**")]

@@ -29,8 +29,8 @@ def _timm(name: str, model: str, size: int = 32, **options: Any) -> None:
     TABLE.entries.append(Entry(f"timm_{name}", "timm", make, package="timm torchvision"))
 
 
-_timm("resnet", "resnet10t")
-_timm("resnet_bottleneck", "resnet26", layers=(1, 1, 1, 1))
+_timm("resnet", "resnet10t", channels=(8, 16, 16, 32), stem_width=8)
+_timm("resnet_bottleneck", "resnet26", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
 _timm("vit", "vit_tiny_patch16_224", img_size=16, size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4)
 _timm("mixer", "MlpMixer", img_size=16, size=16, patch_size=4, embed_dim=32, num_blocks=2)
 _timm("efficientnet", "test_efficientnet")
