@@ -3,7 +3,7 @@
 from autoshard.api import Options, compile, plan, simulate, verify
 from autoshard.checkpoint import checkpointable
 from autoshard.errors import AutoshardError
-from autoshard.hardware import Hardware
+from autoshard.hardware import Device, Hardware, Link
 from autoshard.mesh import MeshSpec
 from autoshard.op_coverage import coverage
 from autoshard.plan import Plan
@@ -12,7 +12,9 @@ from autoshard.rules import register_rule
 __version__ = "0.1.0"
 __all__ = [
     "AutoshardError",
+    "Device",
     "Hardware",
+    "Link",
     "MeshSpec",
     "Options",
     "Plan",

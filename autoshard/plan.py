@@ -127,7 +127,7 @@ class Plan:
         """Write the plan as JSON."""
         extra = {name: getattr(self, name) for name in ("model_name", "inputs", "outputs", "template")}
         Path(path).write_text(
-            plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": vars(self.hardware)})
+            plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": self.hardware.to_dict()})
         )
 
     @classmethod
@@ -143,7 +143,7 @@ class Plan:
         try:
             program.leaves_whole = body["outputs"] == "whole"
             check(program)
-            hardware = Hardware(**body["hardware"])
+            hardware = Hardware.from_dict(body["hardware"])
             plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])
             EmitPrograms(plan.model_name)(program)
         except AutoshardError:

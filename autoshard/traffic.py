@@ -90,11 +90,7 @@ def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
 
 def seconds_inside(costs: CostModel, sent: Sequence[Sent]) -> float:
     """Seconds of what a lowering sends."""
-    total = 0.0
-    for axis, name, whole in sent:
-        fixed, per_byte = costs.collective_terms(name, costs.mesh.index(axis))
-        total += fixed + per_byte * whole
-    return total
+    return sum(costs.collective_s(name, costs.mesh.index(axis), whole) for axis, name, whole in sent)
 
 
 def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
