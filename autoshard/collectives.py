@@ -80,8 +80,16 @@ def axis_links(hardware: Hardware, shape: tuple[int, ...], axis: int) -> AxisLin
         hop_latency = np.where(crosses, np.maximum(hop_latency, link.latency_s), hop_latency)
         hop_rate = np.where(crosses, np.minimum(hop_rate, link.bytes_per_s), hop_rate)
         inside = block
-    slowest = (values.max() for values in (ring, tree, peers))
-    return AxisLinks(n, *map(float, slowest), float(rate.min()), float(exchange.max()), float(hop_latency.max()), float(hop_rate.min()))
+    return AxisLinks(
+        n,
+        ring_latency_s=float(ring.max()),
+        tree_latency_s=float(tree.max()),
+        peers_latency_s=float(peers.max()),
+        ring_bytes_per_s=float(rate.min()),
+        exchange_s_per_byte=float(exchange.max()),
+        hop_latency_s=float(hop_latency.max()),
+        hop_bytes_per_s=float(hop_rate.min()),
+    )
 
 
 def collective_terms(hardware: Hardware, links: AxisLinks, name: str) -> tuple[Terms, ...]:

@@ -100,7 +100,8 @@ class CostModel:
 
     def copy_s(self, value: TensorInfo, layout: Layout) -> float:
         """Seconds of reading and writing a value once, and its gradient where it has one."""
-        once = 2 * self.local_bytes(value, layout) / self.hardware.memory_bytes_per_s + self.hardware.kernel_latency_s
+        device = self.hardware.device
+        once = 2 * self.local_bytes(value, layout) / device.memory_bytes_per_s + device.kernel_latency_s
         return once * (2 if value.needs_grad else 1)
 
     def pads(self, shape: tuple[int, ...]) -> bool:
@@ -252,15 +253,9 @@ class CostModel:
 
     def state_bytes(self, value: TensorInfo, layout: Layout, optimizer: Optimizer = "adamw") -> float:
         """Bytes that a rank keeps for a parameter beside it and its gradient: the optimizer's states, in the parameter's dtype."""
-        whole = math.prod(value.shape)
-        if not value.needs_grad or not whole:
+        if not value.needs_grad:
             return 0.0
-        share = self.local_bytes(value, layout) / value.nbytes
-        local = (
-            [self._local_length(value.shape, dim, layout) for dim in range(len(value.shape))]
-            if optimizer == "adafactor"
-            else (whole * share,)
-        )
+        local = [self._local_length(value.shape, dim, layout) for dim in range(len(value.shape))]
         return optimizer_cost(optimizer).state(local) * value.dtype.itemsize
 
     def _local_length(self, shape: tuple[int, ...], dim: int, layout: Layout) -> int:

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class Hardware:
             raise HardwareError(f"hardware has a printable name and a Device, got {self.name!r} and {type(self.device).__name__}")
         _require_number(self.collective_latency_s, f"hardware {self.name!r}: collective_latency_s", zero=True)
         sizes = [link.devices if link.devices is not None else math.inf for link in self.links]
-        if not sizes or any(outer <= inner or outer % inner for inner, outer in zip(sizes, sizes[1:], strict=False) if outer < math.inf):
+        if not sizes or any(outer <= inner or outer % inner for inner, outer in pairwise(sizes) if outer < math.inf):
             raise HardwareError(f"hardware {self.name!r}: each link holds a multiple of the devices of the one before; got {sizes}")
         if sizes.count(math.inf) > 1 or math.inf in sizes[:-1]:
             raise HardwareError(f"hardware {self.name!r}: only the outermost link may have any number of devices")

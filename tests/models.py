@@ -118,7 +118,7 @@ def hf_llama() -> nn.Module:
 # Slow at computing, with links that cost nothing: what the solver distributes even when it is tiny.
 SLOW = Hardware.uniform(
     "slow",
-    flops_per_s=1e9,
+    flops_per_s=6e8,
     memory_bytes_per_s=1e9,
     memory_bytes=1e12,
     link_bytes_per_s=1e15,

@@ -346,7 +346,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 # Slow at computing, with links of no latency over which weights do not fit: what the solver splits like a large model.
 NARROW = Hardware.uniform(
     "narrow",
-    flops_per_s=1e9,
+    flops_per_s=6e8,
     memory_bytes_per_s=1e9,
     memory_bytes=1e12,
     link_bytes_per_s=1e7,
