@@ -7,6 +7,9 @@ from autoshard.hardware import Device, Hardware, Link
 from autoshard.mesh import MeshSpec
 from autoshard.op_coverage import coverage
 from autoshard.plan import Plan
+from autoshard.profile_file import Profile
+from autoshard.profile_measuring import profile
+from autoshard.profile_plan import measure_ops
 from autoshard.rules import register_rule
 
 __version__ = "0.1.0"
@@ -18,10 +21,13 @@ __all__ = [
     "MeshSpec",
     "Options",
     "Plan",
+    "Profile",
     "checkpointable",
     "compile",
     "coverage",
+    "measure_ops",
     "plan",
+    "profile",
     "register_rule",
     "simulate",
     "verify",

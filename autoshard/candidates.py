@@ -106,7 +106,9 @@ class CandidateTable:
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes))
+            is_plain = self.costs.hardware.measured is not None and not lowered_axes(rule, factors, self.program.mesh.axes)
+            measured = call if is_plain else None  # times are measured of ops, not of their lowerings
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes), measured)
             cost += self._inside_s(call, rule, factors, inputs)
             masks = masks_of(rule, equation, factors, sizes) if pads else []
             cost += sum(self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks)

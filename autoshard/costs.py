@@ -25,9 +25,10 @@ from autoshard.conversions import COMMUNICATES, Conversion, Step, replace_axis, 
 from autoshard.equations import Equation
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware
+from autoshard.measured import op_key
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, Rule, TensorInfo
-from autoshard.placements import Layout, R, padded_piece
+from autoshard.placements import Layout, R, local_shape, padded_piece
 
 Optimizer = Literal["adamw", "adam", "sgd", "sgd_momentum", "adafactor"]
 
@@ -98,6 +99,10 @@ class CostModel:
             held *= math.prod(stretch(value.shape, p.dim, n) for p, n in zip(layout, self.mesh.shape, strict=True) if p.is_split)
         return held
 
+    def local_shapes(self, values: Sequence[TensorInfo], layouts: Sequence[Layout]) -> list[tuple[int, ...]]:
+        """What each rank holds, padding included."""
+        return [local_shape(value.shape, layout, self.mesh.shape) or () for value, layout in zip(values, layouts, strict=False)]
+
     def copy_s(self, value: TensorInfo, layout: Layout) -> float:
         """Seconds of reading and writing a value once, and its gradient where it has one."""
         device = self.hardware.device
@@ -147,6 +152,10 @@ class CostModel:
         moved = sum(sizes)
         if not moved:
             return 0.0, 0.0
+        if call is not None and self.hardware.measured is not None and self.hardware.measured.ops:
+            found = self.hardware.measured.ops.get(op_key(call, self.local_shapes(call.inputs, layouts)))
+            if found is not None:
+                return found
         device = self.hardware.device
         memory_s, latency_s = moved / device.memory_bytes_per_s, device.kernel_latency_s
         if rule is None or equation is None or rule.bound != "matmul":

@@ -16,11 +16,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoshard.errors import HardwareError
+from autoshard.measured import Measured, is_positive
 
 DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "int8")
 # Whose rate a dtype takes, and by what it divides: a complex multiply-add is four real ones; 8-bit floats run as fast as
@@ -96,12 +98,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and its links, inner to outer. collective_latency_s: of starting one collective, beside its hops."""
+    """A device and its links, inner to outer. collective_latency_s: of starting one collective, beside its hops.
+
+    measured: what stands on measurement, where a profile of a machine was made; None for a data sheet.
+    """
 
     name: str
     device: Device
     links: tuple[Link, ...]
     collective_latency_s: float = 0.0
+    measured: Measured | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "links", tuple(self.links))
@@ -140,20 +146,29 @@ class Hardware:
         """As plain data for JSON; from_dict reads it back."""
         device = {f.name: getattr(self.device, f.name) for f in fields(Device)} | {"flops_per_s": dict(self.device.flops_per_s)}
         links = [{f.name: getattr(link, f.name) for f in fields(Link)} for link in self.links]
-        return {"name": self.name, "device": device, "links": links, "collective_latency_s": self.collective_latency_s}
+        body = {"name": self.name, "device": device, "links": links, "collective_latency_s": self.collective_latency_s}
+        return body if self.measured is None else {**body, "measured": self.measured.to_dict()}
+
+    @classmethod
+    def from_profile(cls, path: str | Path, *, any_machine: bool = False) -> Hardware:
+        """What a profile (autoshard.profile) measured. Raises HardwareError for one of another machine, unless `any_machine`."""
+        from autoshard.profile_file import load_profile
+
+        return load_profile(path, any_machine=any_machine).hardware()
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Hardware:
         """Inverse of to_dict. Raises HardwareError for anything else."""
         try:
             device, links = Device(**body["device"]), tuple(Link(**link) for link in body["links"])
-            return cls(body["name"], device, links, body["collective_latency_s"])
-        except (TypeError, KeyError, AttributeError) as error:
+            measured = Measured(**body["measured"]) if "measured" in body else None
+            return cls(body["name"], device, links, body["collective_latency_s"], measured)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise HardwareError(f"this is no hardware: {type(error).__name__}: {error}; Hardware.to_dict shows what is expected") from error
 
 
 def _require_number(value: Any, what: str, zero: bool = False) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not is_positive(value, zero):
         raise HardwareError(f"{what} is {value!r}; it must be a finite number {'of 0 or more' if zero else 'above 0'}")
 
 
@@ -206,14 +221,27 @@ PRESETS = {
 
 
 def hardware_of(given: str | Hardware | None, device_type: str = "cpu") -> Hardware:
-    """A preset by name ("h100", "h100x4"), a Hardware as it is, or the default of a device type (`h100` for cuda). Raises HardwareError."""
+    """A Hardware as it is, or by name; None is the default of a device type, `h100` for cuda. Raises HardwareError.
+
+    Names: a preset (`"h100"`, `"h100x4"`), `"profile:/path.json"` for what autoshard.profile wrote, `"measured"` for the newest
+    profile of this machine in the cache folder.
+    """
     if isinstance(given, Hardware):
         return given
+    if isinstance(given, str) and given.startswith("profile:"):
+        return Hardware.from_profile(given.removeprefix("profile:"))
+    if given == "measured":
+        from autoshard.profile_file import newest_profile
+
+        return newest_profile().hardware()
     text = given or ("cpu" if device_type in ("cpu", "meta") else "h100")
     found = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d{0,5}))?", text) if isinstance(text, str) else None
     if found is None or found[1] not in PRESETS:
         names = ", ".join(f"{name} ({name}x4: nodes of 4)" if len(PRESETS[name].links) > 1 else name for name in PRESETS)
-        raise HardwareError(f"no hardware preset {text!r}; there are {names}; or pass an autoshard.Hardware")
+        raise HardwareError(
+            f"no hardware preset {text!r}; there are {names}; 'measured' or 'profile:/path.json', of autoshard.profile; or pass an "
+            "autoshard.Hardware"
+        )
     hardware = PRESETS[found[1]]
     return hardware if found[2] is None else _in_nodes(hardware, int(found[2]), text)
 
