@@ -21,7 +21,6 @@ from autoshard.profile_fitting import FitRow
 from autoshard.profile_measuring import LIMIT_S, profile
 from autoshard.text import human_bytes, human_seconds
 
-
 _PROFILE = (
     "Measure this machine in under a minute: matrix products, attention, convolution, memory-bound ops, kernel launches; and, under "
     "torchrun, the collectives on every axis of a mesh: torchrun --nproc-per-node 4 -m autoshard profile --mesh dp=2,tp=2"
@@ -93,10 +92,10 @@ def show(found: Profile, arguments: argparse.Namespace) -> None:
     machine = found.fingerprint
     cores = f", {machine['cores']} cores, {machine['threads']} threads" if machine["cores"] else ""
     title = f"{machine['device']}{cores}, torch {machine['torch']}"
-    columns = ("what", "fitted", "samples", "measured from", "to", "typical error", "backward")
+    columns = ("what", "fitted", "samples", "measured from", "to", "typical error", "backward / forward")
     table = Table(*columns, title=title, box=SIMPLE_HEAD, pad_edge=False)
     for row in fit.rows:
-        backward = f"{row.backward:.1f}x forward" if row.backward else ""
+        backward = f"{row.backward:.1f}" if row.backward else ""
         sizes = (_size(row, size) for size in (row.least, row.most))
         table.add_row(row.what, _fitted(row), str(row.samples), *sizes, f"{row.typical_error:.0%}", backward)
     for link in fit.hardware.links if found.collectives else ():

@@ -2,7 +2,8 @@
 
 op          forward   max(flops / rate of the dtype, bytes / memory rate) + kernel latency, of the local shapes
             backward  of a contraction: as much again per operand that it multiplies and that needs a gradient, and one pass
-                      over the bytes per additive one (a bias); of any other op: as much as forward, where a gradient flows
+                      over the bytes per additive one (a bias), or what the rule says (attention: 2.5); of any other op: as much as
+                      forward, where a gradient flows
 collective  fixed + bytes * rate by algorithm, the cheapest counts: autoshard.collectives
 conversion  its collectives, each way; local copies by memory rate
 parameter   optimizer step: passes over the local bytes, see OPTIMIZERS
@@ -164,6 +165,8 @@ class CostModel:
             return forward, forward if any(value.needs_grad for value in inputs) else 0.0
         flops = 2.0 * rule.products(equation.sizes, values) / split
         forward = max(flops / self._flops_per_s(values[0].dtype), memory_s) + latency_s
+        if rule.backward is not None:
+            return forward, forward * rule.backward if any(value.needs_grad for value in values[: len(equation.inputs)]) else 0.0
         backward = 0.0
         for operand, value, held in zip(equation.inputs, values, sizes, strict=False):
             if value.needs_grad:  # a bias: its gradient is a sum over the output's

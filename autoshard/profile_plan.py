@@ -41,8 +41,8 @@ def measure_ops(
     priced by what they took, all others by the fitted rates.
     profile: one of this machine, or its path; None is the newest in `cache_dir` (None: the user's cache folder).
     share: of the predicted seconds of all ops, products (matrix products, attention, convolution) first. most: no more calls
-    than that. budget_s: seconds for each call and direction, about. Lowered ops, which communicate inside, and ops under autocast are not timed; the notes say how many.
-    Raises HardwareError without a profile of this machine.
+    than that. budget_s: seconds for each call and direction, about. Lowered ops, which communicate inside, and ops under autocast
+    are not timed; the notes say how many. Raises HardwareError without a profile of this machine.
     """
     if not isinstance(plan, Plan):
         raise InputError(
