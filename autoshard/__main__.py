@@ -87,13 +87,14 @@ def show(found: Profile, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(found.to_json(), end="")
         return
-    console = Console()
+    console = Console(width=max(Console().width, 110))  # of a pipe too
     fit = found.fit()
     machine = found.fingerprint
     cores = f", {machine['cores']} cores, {machine['threads']} threads" if machine["cores"] else ""
     title = f"{machine['device']}{cores}, torch {machine['torch']}"
-    columns = ("what", "fitted", "samples", "measured from", "to", "typical error", "backward / forward")
+    columns = ("what", "fitted", "samples", "measured from", "to", "typical error", "backward/forward")
     table = Table(*columns, title=title, box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
     for row in fit.rows:
         backward = f"{row.backward:.1f}" if row.backward else ""
         sizes = (_size(row, size) for size in (row.least, row.most))
@@ -103,13 +104,13 @@ def show(found: Profile, arguments: argparse.Namespace) -> None:
     table.add_row("kernel launch", human_seconds(found.kernel_latency_s))
     console.print(table)
     for note in fit.hardware.measured.notes if fit.hardware.measured else ():
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     console.print(f'saved as {path}; plan with hardware="measured" or hardware="profile:{path}"', highlight=False, soft_wrap=True)
 
 
 def _fitted(row: FitRow) -> str:
     if row.unit == "s":
-        return human_seconds(row.value)
+        return f"start {human_seconds(row.value)}" if row.value else "no start"
     if row.unit == "bytes/s":
         return f"{human_bytes(row.value)}/s"
     return f"{row.value / 1e9:,.1f} Gflop/s"

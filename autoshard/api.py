@@ -98,7 +98,8 @@ def compile(
 
     mesh: a DeviceMesh with axis names. template: "auto" solves for the least predicted step time; "ddp", "fsdp",
     "megatron" and "megatron_sp" pin what their names say. constraints: layouts by name pattern, see
-    autoshard.constraints. hardware: a preset's name or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
+    autoshard.constraints. hardware: a preset's name ("h100", or "h100x4": nodes of 4), "measured" or "profile:/path.json" (see
+    autoshard.profile), or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
     inputs: "global": plain tensors are the whole batch, the same on every rank; "local": each rank of axis `dp` (of the
     first axis, if there is no `dp`) passes its own part. outputs: "whole" results on every rank, or "dtensor".
     dynamic: dims of arguments whose sizes may change from call to call under one plan: `"batch"` for dim 0 of every tensor,

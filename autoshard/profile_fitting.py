@@ -22,7 +22,7 @@ from autoshard.hardware import PRESETS, Device, Hardware, Link
 from autoshard.measured import Measured
 from autoshard.profile_file import CollectiveSample, Profile, Sample
 
-_LEAST_S = 1e-9  # below this a hop cannot be told from none
+_LEAST_S = 1e-9  # less cannot be told from nothing
 _MOST_CONFIDENT = 0.2  # a residual of 20 % is where the loss turns from squares to absolute values
 
 
@@ -148,9 +148,12 @@ def _hardware(profile: Profile, device: Device, x: np.ndarray) -> Hardware:
     for k, axis in enumerate(axes):
         devices *= mesh.shape[axis]
         is_last = k == len(axes) - 1
-        hop_s = float(x[1 + k])
-        links.append(Link(mesh.axes[axis], None if is_last else devices, float(x[1 + len(axes) + k]), hop_s if hop_s > _LEAST_S else 0.0))
-    return Hardware("measured", device, tuple(links), float(x[0]))
+        links.append(Link(mesh.axes[axis], None if is_last else devices, float(x[1 + len(axes) + k]), _noticeable(x[1 + k])))
+    return Hardware("measured", device, tuple(links), _noticeable(x[0]))
+
+
+def _noticeable(seconds: float) -> float:
+    return float(seconds) if seconds > _LEAST_S else 0.0
 
 
 def _seconds(hardware: Hardware, profile: Profile, samples: Sequence[CollectiveSample]) -> np.ndarray:
