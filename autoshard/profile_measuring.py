@@ -27,6 +27,7 @@ from autoshard.runtime import Collective
 from autoshard.runtime.axes import run
 
 LIMIT_S = 45.0
+_QUIET_SHARE = 0.8  # of one core, at least
 _ROUND_S = 5e-4  # a round lasts at least this long
 _MOST_ROUNDS, _FEWEST_ROUNDS = 15, 3
 _WHOLE_BYTES = (2**12, 2**16, 2**20, 2**23)
@@ -75,7 +76,10 @@ def profile(
     if mesh is not None and spec is not None:
         check_mesh(mesh, spec)
     backend, size = (dist.get_backend(mesh.get_group(0)), mesh.size()) if mesh is not None else ("", 1)
+    started_s, started_cpu_s = time.perf_counter(), time.process_time()
     samples, notes = _measure_ops(device_type, limit_s * 0.8)
+    if device_type == "cpu":
+        notes += _shared_note(time.perf_counter() - started_s, time.process_time() - started_cpu_s)
     collectives = _measure_collectives(mesh, device_type, limit_s * 0.2) if mesh is not None else ()
     x = torch.zeros(1, device=device_type)
     found = Profile(
@@ -92,6 +96,14 @@ def profile(
     if save and (mesh is None or dist.get_rank() == int(mesh.mesh.flatten()[0])):
         found.save(cache_dir)
     return found
+
+
+def _shared_note(elapsed_s: float, cpu_s: float) -> tuple[str, ...]:
+    """What to say where this process had less than a core to itself."""
+    share = cpu_s / elapsed_s
+    if share >= _QUIET_SHARE:
+        return ()
+    return (f"other work took the processor for {1 - share:.0%} of the time: these times are longer than those of a quiet machine",)
 
 
 def _memory_bytes(device_type: str) -> float:

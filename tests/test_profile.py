@@ -241,7 +241,32 @@ def test_larger_cases_are_left_out_where_time_is_short(monkeypatch: pytest.Monke
     monkeypatch.setattr("autoshard.profile_measuring.cases", lambda device_type: some)
     profile = autoshard.profile(None, "cpu", limit_s=1e-6, save=False)
     assert len(profile.samples) == 1
-    assert profile.notes == ("linear 128x128x128 and larger in linear torch.float64 would have taken too long to measure",)
+    assert profile.notes[0] == "linear 128x128x128 and larger in linear torch.float64 would have taken too long to measure"
+    assert not any("linear 64x64x64" in note for note in profile.notes)
+
+
+@pytest.mark.usefixtures("few_cases")
+@pytest.mark.parametrize(("cpu_s", "is_said"), [(0.25, True), (1.0, False), (2.0, False)])
+def test_a_busy_machine_is_said(cpu_s: float, is_said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which this process has had `cpu_s` of every second."""
+
+    class Clock:
+        now = 0.0
+
+        @classmethod
+        def perf_counter(cls) -> float:
+            cls.now += 1e-3
+            return cls.now
+
+        @classmethod
+        def process_time(cls) -> float:
+            return cls.now * cpu_s
+
+    monkeypatch.setattr("autoshard.profile_measuring.time", Clock)
+    profile = autoshard.profile(None, "cpu", limit_s=0.1, save=False)
+    said = "other work took the processor for 75% of the time: these times are longer than those of a quiet machine"
+    assert (said in profile.notes) == is_said
+    assert len(profile.notes) == is_said
 
 
 @pytest.mark.parametrize(("device", "limit_s", "reason"), [("tpu", 1.0, "no device 'tpu'"), ("cpu", 0.0, "limit_s is 0.0")])
