@@ -164,7 +164,7 @@ class CostModel:
             forward = memory_s + latency_s
             return forward, forward if any(value.needs_grad for value in inputs) else 0.0
         flops = 2.0 * rule.products(equation.sizes, values) / split
-        forward = max(flops / self._flops_per_s(values[0].dtype), memory_s) + latency_s
+        forward = self._slower(flops / self._flops_per_s(values[0].dtype), memory_s) + latency_s
         if rule.backward is not None:
             return forward, forward * rule.backward if any(value.needs_grad for value in values[: len(equation.inputs)]) else 0.0
         backward = 0.0
@@ -173,6 +173,10 @@ class CostModel:
                 summed_s = (sum(sizes[len(equation.inputs) :]) + held) / device.memory_bytes_per_s + latency_s
                 backward += summed_s if operand.is_additive else forward
         return forward, backward
+
+    def _slower(self, flops_s: float, memory_s: float) -> float:
+        """The roofline."""
+        return max(flops_s, memory_s)
 
     def _flops_per_s(self, dtype: torch.dtype) -> float:
         rate = self._rates.get(dtype)

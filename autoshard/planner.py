@@ -19,7 +19,8 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
 from autoshard.program import Program
-from autoshard.runner import Pass, run_passes
+from autoshard.resolving import run_and_keep
+from autoshard.runner import Pass
 from autoshard.torch_internals import pytree
 
 Inputs = Literal["global", "local"]
@@ -126,7 +127,8 @@ def make_plan(request: Request) -> Plan:
 
     asked = request.settings
     check_batch((request.args, request.kwargs), request.mesh, asked.template, asked.inputs)
-    program = run_passes(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
+    program, resolver = run_and_keep(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
     for note in extrapolations(program, CostModel(request.mesh, asked.hardware)) if asked.hardware.measured else ():
         program.note(note)
-    return Plan(program, asked.hardware, type(request.model).__name__, asked.inputs, asked.outputs, asked.template, dict(asked.constraints))
+    name, constraints = type(request.model).__name__, dict(asked.constraints)
+    return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, constraints, resolver)

@@ -63,7 +63,15 @@ class MeteredAxis:
 
 def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec) -> list[Sent]:
     """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
-    local = iter([_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)])
+    sent: list[Sent] = []
+    metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
+    run_lowering(function, call, [_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)], metered)
+    return sent
+
+
+def run_lowering(function: str, call: Call, operands: Sequence[torch.Tensor], axes: Mapping[str, Sequence[MeteredAxis]]) -> None:
+    """Run the lowering `function` as `call` does, on local `operands`, with `axes` in place of those that split its factors."""
+    local = iter(operands)
 
     def tensors(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -71,16 +79,13 @@ def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[st
         return next(local) if isinstance(value, TensorInfo) else value
 
     given = {name: tensors(value) for name, value in call.arguments.items()}
-    sent: list[Sent] = []
-    metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
     lowering: Callable[..., Any] = getattr(runtime, function)
     by_name = lowering.__kwdefaults__ or {}
     lowering(
         *(value for name, value in given.items() if name not in by_name),
         **{name: given[name] for name in by_name if name in given},
-        **metered,
+        **axes,
     )
-    return sent
 
 
 def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
