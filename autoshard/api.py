@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -18,6 +19,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.module import ShardedModule
 from autoshard.plan import Plan
 from autoshard.planner import Inputs, Outputs, Randomness, Request, Settings, entry_layout, make_plan
+from autoshard.reuse import reuse_of
 from autoshard.simulator import Simulation
 from autoshard.torch_internals import pytree
 from autoshard.verification import Verification, compare, simulate_plan
@@ -136,10 +138,13 @@ def plan(
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
     dynamic: Dynamic = None,
+    reuse: Plan | str | Path | None = None,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on a mesh without any process, GPU or weight; keywords as in compile.
 
     mesh: `"dp=2,tp=4"`, a dict, a MeshSpec or a DeviceMesh. args, kwargs: global inputs; only shapes and dtypes are read.
+    reuse: an earlier plan, or the path of a saved one: parameters of the same name and shape keep its layouts, the rest is solved
+    (after an edit of the model, say), and `Plan.notes` says which. The mesh has the earlier one's axis names.
     """
     _check_call(model, args)
     spec = MeshSpec.of(mesh)
@@ -150,7 +155,12 @@ def plan(
         raise InputError("a dynamic size is 0 or 1 in the example, where torch computes differently; use an example of 2 or more")
     tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
     layouts = tuple(entry_layout(tensor, spec, inputs) for tensor in tensors)
-    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, dynamic=marks))
+    kept = reuse_of(reuse, model, spec, settings.constraints) if reuse is not None else None
+    fixed = kept.layouts if kept else {}
+    planned = make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, fixed, marks))
+    for note in kept.notes(planned.program) if kept else ():
+        planned.program.note(note)
+    return planned
 
 
 def simulate(

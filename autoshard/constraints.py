@@ -89,7 +89,7 @@ def parse_constraint(pattern: str, text: str, mesh: MeshSpec, is_soft: bool = Fa
 
 def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = False) -> dict[fx.Node, list[Pin]]:
     """Which node each constraint pins. Raises ConstraintError for a pattern that matches nothing."""
-    names: dict[Subject, dict[str, list[fx.Node]]] = {"parameter": {}, "input": {}, "output": module_outputs(program), "split": {}, "node": {}}
+    names: dict[Subject, dict[str, list[fx.Node]]] = {"parameter": {}, "input": {}, "output": module_outputs(program), "split": {}}
     for node in program.nodes("op"):
         names["split"].setdefault(f"{facts(node).source.module}.{op_name(node).split('.')[-2:][0]}".lstrip("."), []).append(node)
     names["node"] = {node.name: [node] for node in program.nodes("op", "projection") if len(facts(node).values) == 1}

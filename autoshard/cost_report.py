@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -44,7 +44,7 @@ class CostRow:
 
     kind: "compute", "memory" or "latency" (what bounds an op), "copy" (a conversion that only moves memory), "optimizer", or
     the name of a collective, then with its mesh `axis`. flops, bytes_moved (read and written in device memory), wire_bytes
-    (sent): forward and backward together. times: how often it runs. is_per_step: False for what is computed once, when the program is loaded.
+    (sent): forward and backward together. times: how often it runs. is_per_step: False for what is computed once, at loading.
     """
 
     node: str
@@ -96,8 +96,8 @@ class Pricer:
         priced = {"op": self._op, "conversion": self._conversion, "parameter": self._parameter, "mask": self._mask}.get(known.role)
         if priced is None:
             return []
-        name = known.name if known.role == "parameter" else node.name
-        module = known.name.rpartition(".")[0] if known.role == "parameter" else known.source.module
+        name, source = known.name if known.role == "parameter" else node.name, source_of_value(node)
+        module = facts(source).name.rpartition(".")[0] if facts(source).role == "parameter" else known.source.module
         return [replace(row, node=name, module=module, is_per_step=not known.is_constant) for row in priced(node)]
 
     def _parameter(self, node: fx.Node) -> list[CostRow]:
@@ -136,7 +136,7 @@ class Pricer:
 
     def _op(self, node: fx.Node) -> list[CostRow]:
         call = call_of(node)
-        lowered = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+        lowered: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
         arguments = str(sorted(call.arguments.items(), key=lambda item: item[0]))
         shapes = str([info.shape for info in (*call.inputs, *call.outputs)])  # a size that may change reads as its expression
         key = (call.op, call.inputs, call.outputs, arguments, shapes, facts(node).strategies, str(lowered))
@@ -182,7 +182,8 @@ class Pricer:
         forward = Counter(meter(function, _without_gradients(call), layouts, axes, mesh)) & both
         for sent, is_forward in ((forward, True), (both - forward, False)):
             for (axis, collective, whole), times in sent.items():
-                yield self._sent(op_name(node), axis, collective, whole, is_forward, times)
+                if collective != "identity":
+                    yield self._sent(op_name(node), axis, collective, whole, is_forward, times)
 
 
 def flops_of(rule: Rule | None, equation: Equation | None, call: Call) -> float:
@@ -285,7 +286,8 @@ class CostReport:
     def table(self, by: By = "kind", most: int = 30) -> Table:
         """A rich table of the `most` dearest groups."""
         groups = self.by(by)
-        title = f"{self.plan.model_name} on {self.program.mesh} ({self.plan.hardware.name}), predicted step {human_seconds(self.total_s)}"
+        where = f"{self.plan.model_name} on {self.program.mesh} ({self.plan.hardware.name})"
+        title = f"{where}, predicted step {human_seconds(self.total_s)}"
         hidden = groups[most:]
         caption = [f"{len(hidden)} more, {human_seconds(sum(group.total_s for group in hidden))} together"] if hidden else []
         table = Table(title=title, caption="\n".join([*caption, self.account]), caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)

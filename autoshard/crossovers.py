@@ -8,6 +8,7 @@ the best in between too: that is the one thing assumed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ class Crossover:
     diff: PlanDiff
 
     def __str__(self) -> str:
-        does_not_fit = f"the plan for {self.size} {self.below} splits a dim that does not divide"
-        why = does_not_fit if math.isinf(self.kept_s) else f"it takes {human_seconds(self.kept_s)}, the new one {human_seconds(self.best_s)}"
+        why = f"the plan for {self.size} {self.below} splits a dim that does not divide"
+        if not math.isinf(self.kept_s):
+            why = f"it takes {human_seconds(self.kept_s)}, the new one {human_seconds(self.best_s)}"
         changes = "; ".join(in_words(self.diff.layouts, _MOST_SHOWN)) or "ops alone, no parameter and nothing that a module returns"
         return f"from {self.size} {self.at} on the plan changes ({why}): {changes}"
 
@@ -113,7 +115,7 @@ class _Search:
     def found(self) -> Iterator[Crossover]:
         last = len(self.grid) - 1
         probes = sorted({round(last * k / _PROBES) for k in range(_PROBES + 1)})
-        changes = [index for low, high in zip(probes, probes[1:], strict=False) for index in self._changes(low, high)]
+        changes = [index for low, high in itertools.pairwise(probes) for index in self._changes(low, high)]
         current = self.at(0)
         for index in changes:
             new, value = self.at(index), self.grid[index]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import graphviz
 
     from autoshard.cost_report import CostReport
+    from autoshard.explanation import Explanation
     from autoshard.module import ShardedModule
     from autoshard.plan_diff import PlanDiff
     from autoshard.why import Why
@@ -87,6 +88,12 @@ class Plan:
         from autoshard.cost_report import price
 
         return price(self)
+
+    def explain(self) -> Explanation:
+        """Where time and memory go, by module, what is sent and why, in words and tables that fit one screen."""
+        from autoshard.explanation import explain
+
+        return explain(self)
 
     def why(self, name: str, layout: str) -> Why:
         """What it would cost, and what else change, if `name` had `layout`: `plan.why("head.weight", "S(0)@tp")`.

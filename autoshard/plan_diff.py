@@ -168,7 +168,7 @@ def _collectives(old: CostReport, new: CostReport) -> Iterator[CollectiveChange]
 def _change(before: float, after: float, said: Callable[[float], str]) -> str:
     if abs(after - before) <= 1e-9 * max(abs(before), abs(after)):
         return f"{said(before)}, the same"
-    share = f" ({(after / before - 1) * 100:+.1f} %)" if before else ""
+    share = f" ({(after / before - 1) * 100:+.2g} %)" if before else ""
     return f"{said(before)} -> {said(after)}{share}"
 
 

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from autoshard.instantiation import instantiate
 from autoshard.placements import Layout
 from autoshard.program import Program, example_sizes
 from autoshard.runner import Pass, run_passes
-
-if TYPE_CHECKING:
-    from autoshard.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -25,31 +21,24 @@ class Resolver:
     program: Program
     passes: tuple[Pass, ...]
 
-    def solve(
-        self,
-        constraints: Mapping[str, str] | None = None,
-        sizes: Mapping[str, int] | None = None,
-        fixed_parameters: Mapping[str, Layout] | None = None,
-    ) -> Program:
-        """The program under further `constraints`, at other `sizes`, with parameters where `fixed_parameters` say; without source text.
+    def solve(self, overrides: Mapping[str, str] | None = None, sizes: Mapping[str, int] | None = None) -> Program:
+        """The program with `overrides` in place of what else is asked of the values they name, at other `sizes`; without source text.
 
         Raises ConstraintError and BudgetError as planning does.
         """
         from autoshard.passes import AnnotateShardings, EmitPrograms
 
-        passes: list[Pass] = []
-        for a_pass in self.passes:
-            if isinstance(a_pass, AnnotateShardings):
-                asked, fixed = {**a_pass.constraints, **(constraints or {})}, {**a_pass.fixed_parameters, **(fixed_parameters or {})}
-                passes.append(replace(a_pass, constraints=asked, fixed_parameters=fixed))
-            elif not isinstance(a_pass, EmitPrograms):
-                passes.append(a_pass)
+        asked = dict(overrides or {})
+        kept = (a_pass for a_pass in self.passes if not isinstance(a_pass, EmitPrograms))
+        passes = [replace(a_pass, overrides=asked) if isinstance(a_pass, AnnotateShardings) else a_pass for a_pass in kept]
         return run_passes(passes, copied(self.program, sizes))
 
     @property
-    def hardware(self) -> Hardware:
-        """What the search was told of the devices."""
-        return next(a_pass.hardware for a_pass in self.passes if hasattr(a_pass, "hardware"))
+    def fixed_parameters(self) -> Mapping[str, Layout]:
+        """Parameters whose layouts were given: those of a plan that was reused, or of a model that is sharded already."""
+        from autoshard.passes import AnnotateShardings
+
+        return next((a_pass.fixed_parameters for a_pass in self.passes if isinstance(a_pass, AnnotateShardings)), {})
 
 
 def copied(program: Program, sizes: Mapping[str, int] | None = None) -> Program:

@@ -118,6 +118,8 @@ class SymbolicCosts(CostModel):
         return sympy.Mul(held, *stretches)
 
     def collective_s(self, name: str, axis: int, whole_bytes: Any) -> Any:
+        if name == "identity" or self.sizes[axis] == 1:
+            return sympy.Integer(0)
         key = f"{name}_{self.mesh.axes[axis]}"
         if key not in self._functions:
             known = {"hardware": self.hardware, "collective": name, "axis": axis}
@@ -159,7 +161,7 @@ class SymbolicPricer(Pricer):
                 whole = lengths.get(strategy.factor, n)
                 shares.append(n if is_even else whole / sympy.ceiling(whole / n))
         shaped = [replace(value, shape=self.costs.shape(value)) for value in values]
-        return rule, replace(equation, sizes=lengths), shaped, layouts, sympy.Mul(*shares)  # type: ignore[return-value]
+        return rule, replace(equation, sizes=lengths), shaped, layouts, sympy.Mul(*shares)
 
     def _inside(self, node: fx.Node, call: Call, axes: Mapping[str, Sequence[str]]) -> Any:
         if not axes:

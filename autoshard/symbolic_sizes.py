@@ -49,7 +49,7 @@ class _Padded(Exception):
 
 @dataclass(frozen=True)
 class SizeTrace:
-    """One use of a lowering. axes: sizes as expressions, `numbers`: in the example. examples: of the dynamic sizes. where: for errors."""
+    """One use of a lowering. axes: sizes as expressions; numbers: in the example, as `examples` of the dynamic sizes."""
 
     axes: Mapping[str, sympy.Expr]
     numbers: Mapping[str, int]
@@ -69,9 +69,8 @@ class SizeTrace:
                     torch.empty([_number(length, integers) for length in shape], dtype=info.dtype, requires_grad=info.needs_grad)
                     for shape, info in zip(shapes, call.inputs, strict=False)
                 ]
-                axes = {
-                    key: tuple(SymbolicAxis(name, _number(self.axes[name], integers), sent) for name in names) for key, names in split.items()
-                }
+                sizes = {name: _number(size, integers) for name, size in self.axes.items()}
+                axes = {key: tuple(SymbolicAxis(name, sizes[name], sent) for name in names) for key, names in split.items()}
                 run_lowering(function, call, operands, axes)
         except _Padded as error:
             raise InputError(f"{self.where} converts a dim that does not divide inside; its cost has no expression") from error

@@ -70,5 +70,5 @@ def human_seconds(seconds: float) -> str:
 
 
 def fold_name(name: str) -> str:
-    """A name without the numbers of repeated layers: `layers.3.mlp` and the node `layers_3_mlp_add_1` are `layers.*.mlp`, `layers_*_mlp_add_*`."""
+    """A name without the numbers of repeated layers: `layers.3.mlp` is `layers.*.mlp`, the node `layers_3_mlp_add` `layers_*_mlp_add`."""
     return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)

@@ -35,6 +35,7 @@ class Why:
 
     verdict: "cheaper" only where the plan was made under a template, constraints or a memory budget that gave way, or where
     the search charged a conversion to several readers that the program makes once. reason: of an impossible one.
+    held: how many parameters were not free to move, because a plan was reused.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Why:
     verdict: Verdict
     diff: PlanDiff | None = None
     reason: str = ""
+    held: int = 0
 
     @property
     def text(self) -> str:
@@ -59,9 +61,10 @@ class Why:
             more = abs(found.after_s - found.before_s)
             said = f"{asked} would be {self.verdict} by {human_seconds(more)}: {found.words()}"
         others = [change for change in found.layouts if change.name not in (self.name, f"output:{self.name}")]
+        held = [f"  ({self.held} parameters were held where the reused plan has them)"] if self.held else []
         head = "It would also change:" if others else "No other layout would change."
         lines = [f"  {text}" for text in in_words(others, _MOST_SHOWN)]
-        return "\n".join([f"{self.name} lies as {self.current}; {said}.", head, *lines, *self._sent()])
+        return "\n".join([f"{self.name} lies as {self.current}; {said}.", head, *lines, *self._sent(), *held])
 
     def _sent(self) -> list[str]:
         moved = [row for row in self.diff.collectives if row.bytes_before != row.bytes_after] if self.diff else []
@@ -102,7 +105,8 @@ def why(plan: Plan, name: str, layout: str) -> Why:
     found = diff_programs(plan.program, plan.cost, other, price(plan, other), f"{pattern} as {layout}")
     change = found.after_s - found.before_s
     is_equal = abs(change) <= 1e-9 * found.before_s
-    return Why(name, asked, current, "equal" if is_equal else "dearer" if change > 0 else "cheaper", found)
+    verdict: Verdict = "equal" if is_equal else "dearer" if change > 0 else "cheaper"
+    return Why(name, asked, current, verdict, found, held=len(plan.resolver.fixed_parameters))
 
 
 def find_subject(program: Program, name: str) -> tuple[str, list[fx.Node]]:

@@ -28,6 +28,7 @@ class AnnotateShardings:
     """Solve for the least predicted step time.
 
     constraints: layout by name pattern (autoshard.constraints). fixed_parameters: layouts that parameters already have.
+    overrides: constraints that stand in place of all others on the values they name.
     memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and activations kept for
     backward. seed: draw random prices instead of real ones, which makes a random sound plan.
     Raises ConstraintError, BudgetError.
@@ -40,6 +41,7 @@ class AnnotateShardings:
     memory_budget_bytes: float | None = None
     wants_whole_outputs: bool = True
     seed: int | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, program: Program) -> Program:
         started = time.perf_counter()
@@ -77,6 +79,7 @@ class AnnotateShardings:
         for name, layout in self.fixed_parameters.items():
             if name in program.parameters():
                 pins[program.parameters()[name]] = [Pin(f"parameter:{name}", "where it already lies", tuple((str(p),) for p in layout))]
+        pins |= pins_of(program, self.overrides)
         return pins
 
     def _space(self, program: Program, pins: Mapping[fx.Node, list[Pin]]) -> SearchSpace:
