@@ -147,7 +147,8 @@ class Pricer:
     def _kernels(self, node: fx.Node, call: Call) -> CostRow:
         """An op's own kernels. Backward, a contraction runs once more per operand with a gradient; a bias's is a pass over memory."""
         device, (rule, equation, values, layouts, split) = self.costs.hardware.device, self._work(node, call)
-        forward_s, backward_s = self.costs.op_times(call.op, rule, equation, values, layouts, split, call)
+        plain = None if any(key.endswith("_axes") for key in node.kwargs) else call  # times are measured of ops, not of their lowerings
+        forward_s, backward_s = self.costs.op_times(call.op, rule, equation, values, layouts, split, plain)
         if not forward_s:
             return CostRow("", op_name(node), "", "view")
         flops, held = flops_of(rule, equation, call) / split, list(map(self.costs.local_bytes, values, layouts))

@@ -53,6 +53,9 @@ class Crossover:
         changes = "; ".join(in_words(self.diff.layouts, _MOST_SHOWN)) or "ops alone, no parameter and nothing that a module returns"
         return f"from {self.size} {self.at} on the plan changes ({why}): {changes}"
 
+    def __rich__(self) -> str:
+        return str(self).replace("[", r"\[")
+
 
 @dataclass(frozen=True)
 class _Solved:

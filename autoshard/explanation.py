@@ -185,7 +185,7 @@ def _prefixes(rows: Sequence[CostRow]) -> set[tuple[str, ...]]:
         for depth in range(len(parts) + 1):
             seconds[parts[:depth]] = seconds.get(parts[:depth], 0.0) + row.total_s
     shown: set[tuple[str, ...]] = {()}
-    closed = [()]
+    closed: list[tuple[str, ...]] = [()]
     while closed:
         closed.sort(key=lambda parts: seconds[parts])
         opened = closed.pop()

@@ -116,9 +116,7 @@ def diff_programs(old: Program, old_cost: CostReport, new: Program, new_cost: Co
                 unchanged += 1
     kept = [program.stats.get("kept_bytes", 0.0) for program in (old, new)]
     collectives = tuple(_collectives(old_cost, new_cost))
-    return PlanDiff(
-        title, tuple(layouts), collectives, old_cost.total_s, new_cost.total_s, kept[0], kept[1], old.mesh, new.mesh, unchanged
-    )
+    return PlanDiff(title, tuple(layouts), collectives, old_cost.total_s, new_cost.total_s, kept[0], kept[1], old.mesh, new.mesh, unchanged)
 
 
 def parameter_texts(program: Program) -> dict[str, str]:

@@ -38,14 +38,19 @@ def step_time(program: Program, hardware: Hardware, fixed: Collection[str] = ())
     Symbols (integer, positive) are named after the mesh axes of two and more ranks and the plan's dynamic sizes; those in
     `fixed` are numbers. Substituting all of them gives a number: what the same layouts cost at those sizes, on axes of two and
     more ranks, where dims that the plan splits divide (dims that it pads are counted with their padding).
-    Raises InputError for names in `fixed` that are neither, and for a lowering whose messages depend on the size of an
-    axis (a ring): fix that one.
+    Raises InputError for names in `fixed` that are neither, for hardware with measured op times, and for a lowering whose
+    messages depend on the size of an axis (a ring): fix that one.
     """
     mesh = program.mesh
     known = [*mesh.axes, *program.symbols]
     wrong = [name for name in fixed if name not in known]
     if wrong:
         raise InputError(f"there is no size {wrong[0]!r} to fix; this plan has {', '.join(known)}")
+    if hardware.measured is not None and hardware.measured.ops:
+        raise InputError(
+            f"hardware {hardware.name!r} has measured seconds of single ops, which hold at the sizes that were measured and are no "
+            "expression; plan with hardware that has rates alone"
+        )
     sizes = {name: sympy.Integer(n) if n == 1 or name in fixed else positive(name) for name, n in zip(mesh.axes, mesh.shape, strict=True)}
     examples = {positive(name): sympy.Integer(program.symbols[name].example) for name in fixed if name in program.symbols}
     numbers = {positive(name): sympy.Integer(symbol.example) for name, symbol in program.symbols.items()}
@@ -145,8 +150,7 @@ class SymbolicPricer(Pricer):
 
     def _kernels(self, node: fx.Node, call: Call) -> Any:
         rule, equation, values, layouts, split = self._work(node, call)
-        forward_s, backward_s = self.costs.op_times(call.op, rule, equation, values, layouts, split, call)
-        return self._row(forward_s, backward_s)
+        return self._row(*self.costs.op_times(call.op, rule, equation, values, layouts, split))
 
     def _work(self, node: fx.Node, call: Call) -> Work:
         rule, equation, values, layouts, split = super()._work(node, call)

@@ -136,4 +136,3 @@ def _literal(name: str) -> str:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), 3, 0.4)
     return f"; the nearest names are {', '.join(near)}" if near else ""
-

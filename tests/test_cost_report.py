@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import sympy
 import torch
 import torch.nn.functional as F
 from models import GPT
+from rich.console import Console
 from torch import Tensor, nn
 
 import autoshard
 from autoshard.cost_report import CostReport, price
 from autoshard.errors import InputError, PlanError
 from autoshard.instantiation import instantiate
+from autoshard.plan_diff import parameter_texts
 from autoshard.program import facts
 
 TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
@@ -33,14 +36,14 @@ def number(expr: sympy.Expr, **sizes: int) -> float:
     return float(expr.subs({sympy.Symbol(name, integer=True, positive=True): size for name, size in sizes.items()}))
 
 
-@pytest.fixture(scope="module")
-def gpt() -> GPT:
-    return GPT()
+@cache
+def gpt_plan(template: str) -> autoshard.Plan:
+    return autoshard.plan(GPT(), "dp=2,tp=2", batch(4), template=template, dynamic=DYNAMIC, hardware="h100")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_rows_sum_to_what_the_search_minimised(gpt: GPT, template: str) -> None:
-    plan = autoshard.plan(gpt, "dp=2,tp=2", batch(4), template=template, hardware="h100")
+def test_rows_sum_to_what_the_search_minimised(template: str) -> None:
+    plan = gpt_plan(template)
     report = plan.cost
     assert report.objective_s == plan.stats["objective_s"]
     assert report.total_s == pytest.approx(plan.stats["objective_s"] + report.decided_s, rel=1e-12)
@@ -50,8 +53,8 @@ def test_rows_sum_to_what_the_search_minimised(gpt: GPT, template: str) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_bytes_on_the_wire_are_those_of_the_program(gpt: GPT, template: str) -> None:
-    plan = autoshard.plan(gpt, "dp=2,tp=2", batch(4), template=template, hardware="h100")
+def test_bytes_on_the_wire_are_those_of_the_program(template: str) -> None:
+    plan = gpt_plan(template)
     sent: dict[str, float] = {}
     for row in plan.cost.rows:
         if row.is_per_step and row.wire_bytes:
@@ -97,7 +100,8 @@ def test_a_conversion_that_readers_share_is_one_row() -> None:
     report = plan.cost
     (varied,) = [row for row in report.rows if row.op == "vary"]
     times = round(report.shared_s / varied.total_s)
-    assert report.shared_s == pytest.approx(times * varied.total_s) and times in (0, 2)  # 0 once the search charges it once
+    assert report.shared_s == pytest.approx(times * varied.total_s)
+    assert times in (0, 2)
     assert ("charges a shared conversion" in report.account) == bool(times)
 
 
@@ -112,18 +116,19 @@ def test_constants_are_shown_and_not_summed() -> None:
 
     report = autoshard.plan(Table(), "tp=2", (torch.zeros(8, 16),)).cost
     once = [row for row in report.rows if not row.is_per_step]
-    assert "aten.cos.default" in {row.op for row in once} and all(row.total_s > 0 for row in once if row.kind != "view")
+    assert "aten.cos.default" in {row.op for row in once}
+    assert all(row.total_s > 0 for row in once if row.kind != "view")
     assert report.total_s == pytest.approx(sum(row.total_s for row in report.rows if row not in once))
 
 
-def test_tables_print(gpt: GPT) -> None:
-    from rich.console import Console
-
-    report: CostReport = autoshard.plan(gpt, "dp=2,tp=2", batch(4), template="megatron", hardware="h100").cost
+def test_tables_print() -> None:
+    report: CostReport = gpt_plan("megatron").cost
     console = Console(width=120)
     with console.capture() as text:
         console.print(report, report.table("module"), report.table("node", most=3))
-    assert "all_reduce@tp" in text.get() and "blocks.*.attn" in text.get() and "more, " in text.get()
+    assert "all_reduce@tp" in text.get()
+    assert "blocks.*.attn" in text.get()
+    assert "more, " in text.get()
     with pytest.raises(InputError, match="'kind', 'module', 'node', not by 'layer'"):
         report.by("layer")  # type: ignore[arg-type]
 
@@ -132,8 +137,8 @@ def test_tables_print(gpt: GPT) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_an_expression_is_the_price_of_the_program_at_every_size(gpt: GPT, template: str) -> None:
-    plan = autoshard.plan(gpt, "dp=2,tp=2", batch(4), template=template, dynamic=DYNAMIC, hardware="h100")
+def test_an_expression_is_the_price_of_the_program_at_every_size(template: str) -> None:
+    plan = gpt_plan(template)
     expr = plan.cost.symbolic()
     assert {symbol.name for symbol in expr.free_symbols} >= {"batch"}
     for size in (4, 12, 4096):
@@ -145,7 +150,7 @@ def test_an_expression_is_the_price_of_the_program_at_every_size(gpt: GPT, templ
 @pytest.mark.parametrize(("mesh", "size"), [("dp=2,tp=2", 64), ("dp=4,tp=2", 8), ("dp=2,tp=8", 16)])
 def test_planning_the_same_layouts_anew_costs_what_the_expression_says(template: str, mesh: str, size: int) -> None:
     plan = autoshard.plan(mlp(), "dp=2,tp=2", (torch.zeros(8, 64),), template=template, dynamic="batch", hardware="h100")
-    pins = {f"parameter:{name}": text for name, text in parameter_texts(plan).items()}
+    pins = {f"parameter:{name}": text for name, text in parameter_texts(plan.program).items()}
     for node in plan.program.nodes("op"):
         split = " ".join(f"{s.factor}@{axis}" for axis, s in zip(plan.mesh.axes, facts(node).strategies, strict=True) if s.factor)
         pins |= {f"split:{facts(node).source.module}.{node.name.rpartition('_')[2]}": split} if split else {}
@@ -153,12 +158,6 @@ def test_planning_the_same_layouts_anew_costs_what_the_expression_says(template:
     assert layouts(other) == layouts(plan)
     sizes = dict(zip(other.mesh.axes, other.mesh.shape, strict=True))
     assert number(plan.cost.symbolic(), batch=size, **sizes) == pytest.approx(other.cost.total_s, rel=1e-12)
-
-
-def parameter_texts(plan: autoshard.Plan) -> dict[str, str]:
-    from autoshard.plan_diff import parameter_texts
-
-    return parameter_texts(plan.program)
 
 
 def test_axes_alone_are_symbols_of_a_plan_without_dynamic_sizes() -> None:
@@ -177,7 +176,8 @@ def test_a_roofline_is_a_max() -> None:
     expr = plan.cost.symbolic()
     assert expr.atoms(sympy.Max)
     small, large = (number(expr, batch=size, dp=2, tp=2) for size in (8, 8000))
-    assert small == pytest.approx(plan.cost.total_s, rel=1e-12) and large > 100 * small / 8
+    assert small == pytest.approx(plan.cost.total_s, rel=1e-12)
+    assert large > 100 * small / 8
 
 
 def test_padding_is_in_the_expression() -> None:
@@ -217,12 +217,14 @@ def test_crossovers_are_where_planning_anew_changes() -> None:
     model, sizes = mlp(), range(8, 513, 8)
     plan = autoshard.plan(model, "dp=2,tp=2", (torch.zeros(8, 64),), dynamic="batch")
     found = plan.cost.crossovers("batch", sizes)
-    assert found and all(crossover.at == crossover.below + 8 for crossover in found)
+    assert found
+    assert all(crossover.at == crossover.below + 8 for crossover in found)
     expr = plan.cost.symbolic(("dp", "tp"))
     for crossover in found:
         before, after = (autoshard.plan(model, "dp=2,tp=2", (torch.zeros(size, 64),)) for size in (crossover.below, crossover.at))
         assert layouts(before) != layouts(after)
-        assert crossover.best_s == pytest.approx(after.cost.total_s, rel=1e-9) and crossover.best_s < crossover.kept_s
+        assert crossover.best_s == pytest.approx(after.cost.total_s, rel=1e-9)
+        assert crossover.best_s < crossover.kept_s
     first = found[0]
     assert first.kept_s == pytest.approx(number(expr, batch=first.at), rel=1e-9)  # the plan of the smallest batch is the given one
     assert str(first).startswith(f"from batch {first.at} on the plan changes (it takes ")
@@ -249,4 +251,6 @@ def test_crossovers_need_a_dynamic_size(tmp_path) -> None:
 
 def test_costs_of_empty_programs_are_nothing() -> None:
     report = autoshard.plan(nn.Identity(), "dp=2", (torch.zeros(4, 4),)).cost
-    assert report.total_s == 0.0 and math.isfinite(report.objective_s) and report.symbolic() == 0
+    assert report.total_s == 0.0
+    assert math.isfinite(report.objective_s)
+    assert report.symbolic() == 0

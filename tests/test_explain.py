@@ -53,12 +53,14 @@ def printed(thing: object, width: int = 100) -> str:
 def test_an_explanation_of_a_deep_model_fits_one_screen() -> None:
     ids = torch.zeros(8, 8, dtype=torch.long)
     with torch.device("meta"):
-        model = GPT(layers=8)
+        model = GPT(layers=5)
     plan = autoshard.plan(model, "dp=2,tp=2", (ids, ids), template="megatron_sp", hardware="h100")
     shown = plan.explain()
     lines = str(shown).splitlines()
-    assert len(lines) <= 40 and all(len(line) <= 120 for line in lines)
-    assert "blocks.*.attn x8" in str(shown)
+    assert len(lines) <= 40
+    assert all(len(line) <= 120 for line in lines)
+    assert "blocks.* x5" in str(shown)
+    assert "5 x all_gather@tp and reduce_scatter@tp" in str(shown)
     assert sum(row.step_s for row in shown.modules) == pytest.approx(plan.cost.total_s)
     assert sum(row.sent_bytes for row in shown.modules) == pytest.approx(sum(plan.stats["wire_bytes_per_step"].values()))
     listed = sum(row.seconds for row in shown.communications) + shown.sent_elsewhere_s
@@ -67,9 +69,11 @@ def test_an_explanation_of_a_deep_model_fits_one_screen() -> None:
 
 def test_an_explanation_says_which_layouts_meet(plan: autoshard.Plan) -> None:
     text = str(plan.explain())
-    assert "under template 'megatron'" in text and "nothing is counted as overlapped" in text
+    assert "under template 'megatron'" in text
+    assert "nothing is counted as overlapped" in text
     flat = " ".join(text.split())
-    assert "is P@tp, " in flat and "each rank holds a term of a sum" in flat
+    assert "is P@tp, " in flat
+    assert "each rank holds a term of a sum" in flat
     assert "the parameter rests" not in flat  # nothing is sharded like FSDP here
     assert "ranks read the parameter for different data, so its gradient is summed" in flat
 
@@ -88,8 +92,10 @@ def test_an_explanation_names_fallbacks() -> None:
             return torch.linalg.matrix_exp(x @ x.T)
 
     plan = autoshard.plan(Odd(), "tp=2", (torch.zeros(4, 4),))
-    assert plan.notes and plan.notes[0] in plan.explain().fallbacks
-    assert "To know:" in str(plan.explain()) and "Nothing is sent" in str(plan.explain())
+    assert plan.notes
+    assert plan.notes[0] in plan.explain().fallbacks
+    assert "To know:" in str(plan.explain())
+    assert "Nothing is sent" in str(plan.explain())
 
 
 # ------------------------------------------------------------------------------------------------------------------ why
@@ -99,8 +105,10 @@ def test_why_compares_with_the_best_plan_that_has_the_layout(plan: autoshard.Pla
     answer = plan.why("blocks.1.3.weight", "S(0)@tp")
     pins = {"parameter:blocks.1.3.weight": "S(0)@tp"}
     other = autoshard.plan(Net(), "dp=2,tp=2", (X,), template="megatron", constraints=pins, hardware="h100")
-    assert answer.verdict == "dearer" and answer.diff is not None
-    assert answer.diff.after_s == pytest.approx(other.cost.total_s) and answer.diff.before_s == pytest.approx(plan.cost.total_s)
+    assert answer.verdict == "dearer"
+    assert answer.diff is not None
+    assert answer.diff.after_s == pytest.approx(other.cost.total_s)
+    assert answer.diff.before_s == pytest.approx(plan.cost.total_s)
     assert answer.diff.after_bytes == other.stats["kept_bytes"]
     assert {c.name: c.after for c in answer.diff.parameters} == {c.name: c.after for c in plan.diff(other).parameters}
     assert "blocks.1.3.weight lies as I@dp S(1)@tp; S(0)@tp would be dearer by " in answer.text
@@ -122,53 +130,63 @@ def test_why_of_what_is_so_already(plan: autoshard.Plan) -> None:
 def test_why_of_what_is_impossible_names_sizes() -> None:
     plan = autoshard.plan(nn.Linear(6, 10), "tp=4", (torch.zeros(8, 6),))
     answer = plan.why("weight", "S(1)@tp")
-    assert answer.verdict == "impossible" and answer.diff is None
+    assert answer.verdict == "impossible"
+    assert answer.diff is None
     assert "dim 1 has size 6, axis tp of 4 ranks needs a multiple of 4: 4 or 8 would work" in answer.text
 
 
 def test_why_of_a_tie() -> None:
     plan = autoshard.plan(nn.Linear(64, 64, bias=False), "a=2,b=2", (torch.zeros(8, 64),), constraints={"w*": "S(0)@a I@b"})
     answer = plan.why("weight", "I@a S(0)@b")
-    assert answer.verdict == "equal" and "costs the same" in answer.text
+    assert answer.verdict == "equal"
+    assert "costs the same" in answer.text
 
 
 def test_why_of_values(plan: autoshard.Plan) -> None:
     """What a module returns and what one node makes."""
     module = plan.why("blocks.1", "S(0)@tp")
-    assert module.constraint == ("output:blocks.1", "S(0)@tp") and module.verdict in ("dearer", "cheaper")
+    assert module.constraint == ("output:blocks.1", "S(0)@tp")
+    assert module.verdict in ("dearer", "cheaper")
     node = next(n.name for n in plan.program.nodes("op") if "gelu" in n.name)
     answer = plan.why(node, "I@tp")
-    assert answer.constraint == (f"node:{node}", "I@tp") and answer.verdict == "dearer"
+    assert answer.constraint == (f"node:{node}", "I@tp")
+    assert answer.verdict == "dearer"
     assert plan.why(f"node:{node}", "I@tp").diff == answer.diff
     given = plan.why("x", "S(1)@tp")
-    assert given.constraint == ("input:x", "S(1)@tp") and given.diff is not None
+    assert given.constraint == ("input:x", "S(1)@tp")
+    assert given.diff is not None
 
 
 def test_a_node_can_be_pinned_by_its_name(plan: autoshard.Plan) -> None:
     node = next(n.name for n in plan.program.nodes("op") if "gelu" in n.name)
     other = autoshard.plan(Net(), "dp=2,tp=2", (X,), template="megatron", constraints={f"node:{node}": "I@tp"}, hardware="h100")
     answer = plan.why(node, "I@tp")
-    assert answer.diff is not None and other.cost.total_s == pytest.approx(answer.diff.after_s)
-    autoshard.verify(Net().double(), autoshard.plan(Net().double(), "dp=2,tp=2", (X.double(),), constraints={f"node:{node}": "S(1)@tp"}),
-                     (torch.randn(16, 64).double(),))  # fmt: skip
+    assert answer.diff is not None
+    assert other.cost.total_s == pytest.approx(answer.diff.after_s)
+    model, x = Net().double(), torch.randn(16, 64).double()
+    autoshard.verify(model, autoshard.plan(model, "dp=2,tp=2", (x,), constraints={f"node:{node}": "S(1)@tp"}), (x,))
 
 
 def test_why_of_tied_parameters() -> None:
     ids = torch.zeros(4, 8, dtype=torch.long)
     plan = autoshard.plan(GPT(), "tp=2", (ids,), template="megatron", hardware="h100")
     by_alias, by_name = plan.why("head.weight", "S(0)@tp"), plan.why("tok.weight", "S(0)@tp")
-    assert by_alias.current == by_name.current and by_alias.diff is not None and by_name.diff is not None
+    assert by_alias.current == by_name.current
+    assert by_alias.diff is not None
+    assert by_name.diff is not None
     assert by_alias.diff.after_s == by_name.diff.after_s
 
 
 def test_bad_questions(plan: autoshard.Plan, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="no parameter, input, module or node 'blocks.1.3.weigth' in this plan; the nearest names are blocks.1.3"):
+    with pytest.raises(
+        PlanError, match=r"no parameter, input, module or node 'blocks\.1\.3\.weigth' in this plan; the nearest names are blocks"
+    ):
         plan.why("blocks.1.3.weigth", "I")
     with pytest.raises(PlanError, match="names begin with parameter:, input:, output:, node: or nothing"):
         plan.why("param:head.weight", "I")
     with pytest.raises(ConstraintError, match="names axis 'ep'; the mesh has dp, tp"):
         plan.why("head.weight", "S(0)@ep")
-    with pytest.raises(ConstraintError, match="cannot read|is no placement|placement"):
+    with pytest.raises(ConstraintError, match=r"'Q@tp': .*Q"):
         plan.why("head.weight", "Q@tp")
     plan.save(tmp_path / "plan.json")
     loaded = autoshard.Plan.load(tmp_path / "plan.json")
@@ -183,8 +201,11 @@ def test_bad_questions(plan: autoshard.Plan, tmp_path: Path) -> None:
 def test_a_plan_does_not_differ_from_itself(plan: autoshard.Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     found = plan.diff(autoshard.Plan.load(tmp_path / "plan.json"))
-    assert found.is_empty and not found.layouts and found.before_s == found.after_s
-    assert "every layout is the same" in printed(found) and found.unchanged == 26
+    assert found.is_empty
+    assert not found.layouts
+    assert found.before_s == found.after_s
+    assert "every layout is the same" in printed(found)
+    assert found.unchanged == 26
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -193,9 +214,10 @@ def test_a_diff_of_templates(plan: autoshard.Plan, template: str) -> None:
     found = plan.diff(other)
     assert (found.before_s, found.after_s) == (plan.cost.total_s, other.cost.total_s)
     changed = {name for name in plan.parameter_layouts if plan.parameter_layouts[name] != other.parameter_layouts[name]}
-    assert {change.name for change in found.parameters} == changed and len(changed) + found.unchanged == 26
+    assert {change.name for change in found.parameters} == changed
+    assert len(changed) + found.unchanged == 26
     for side, (one, sent) in enumerate(((plan, "bytes_before"), (other, "bytes_after"))):
-        moved = {kind: 0.0 for kind in one.stats["wire_bytes_per_step"]}
+        moved = dict.fromkeys(one.stats["wire_bytes_per_step"], 0.0)
         for row in found.collectives:
             if getattr(row, sent):
                 moved[row.label.partition("@")[0]] += getattr(row, sent)
@@ -209,7 +231,8 @@ def test_a_diff_of_templates(plan: autoshard.Plan, template: str) -> None:
 def test_a_diff_of_meshes_and_of_an_edited_model(plan: autoshard.Plan) -> None:
     other = autoshard.plan(Net(blocks=5), "dp=4,tp=2", (X,), template="megatron", hardware="h100")
     found = plan.diff(other)
-    assert not found.is_empty and "mesh dp=2,tp=2 -> dp=4,tp=2" in found.words()
+    assert not found.is_empty
+    assert "mesh dp=2,tp=2 -> dp=4,tp=2" in found.words()
     added = {change.name for change in found.parameters if change.before is None}
     assert added == {f"blocks.4.{name}" for name in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")}
     assert not [change for change in found.layouts if change.after is None]

@@ -56,7 +56,8 @@ def test_what_an_edit_left_alone_keeps_its_layout(earlier: Path) -> None:
     new = parameter_texts(plan.program)
     widened = {"blocks.1.up.weight", "blocks.1.up.bias", "blocks.1.down.weight"}
     kept = {name for name in new if name in old and name not in widened}
-    assert len(kept) == 8 and {name: new[name] for name in kept} == {name: old[name] for name in kept}
+    assert len(kept) == 8
+    assert {name: new[name] for name in kept} == {name: old[name] for name in kept}
     assert new["blocks.0.up.weight"] == "I@dp S(1)@tp"
     assert "8 parameters keep the layouts of the plan that was reused" in plan.notes
     assert "solved anew, new: blocks.*.up.weight, blocks.*.up.bias".replace("*", "3") in "; ".join(plan.notes)
@@ -69,13 +70,15 @@ def test_without_an_edit_everything_stays(earlier: Path) -> None:
     before = autoshard.Plan.load(earlier)
     after = autoshard.plan(Net((32, 32, 32)), "dp=2,tp=2", (torch.zeros(8, 16),), reuse=before)
     assert after.parameter_layouts == before.parameter_layouts
-    assert before.diff(after).unchanged == 12 and after.notes == ["12 parameters keep the layouts of the plan that was reused"]
+    assert before.diff(after).unchanged == 12
+    assert after.notes == ["12 parameters keep the layouts of the plan that was reused"]
 
 
 def test_a_larger_mesh_of_the_same_axes(earlier: Path) -> None:
     after = autoshard.plan(Net((32, 32, 32)), "dp=2,tp=32", (torch.zeros(8, 16),), reuse=earlier)
     odd = "solved anew, its layout does not fit mesh dp=2,tp=32: blocks.0.up.weight, blocks.*.down.weight x2"
-    assert odd in after.notes and parameter_texts(after.program)["blocks.1.up.weight"] == "I@dp S(0)@tp"
+    assert odd in after.notes
+    assert parameter_texts(after.program)["blocks.1.up.weight"] == "I@dp S(0)@tp"
 
 
 def test_constraints_come_before_what_is_reused(earlier: Path) -> None:
@@ -88,7 +91,8 @@ def test_constraints_come_before_what_is_reused(earlier: Path) -> None:
 def test_why_of_a_parameter_that_was_reused(earlier: Path) -> None:
     plan = autoshard.plan(Net((32, 32, 32)), "dp=2,tp=2", (torch.zeros(8, 16),), reuse=earlier)
     answer = plan.why("blocks.0.up.weight", "S(0)@tp")
-    assert answer.diff is not None and [(c.name, c.after) for c in answer.diff.parameters] == [("blocks.0.up.weight", "I@dp S(0)@tp")]
+    assert answer.diff is not None
+    assert [(c.name, c.after) for c in answer.diff.parameters] == [("blocks.0.up.weight", "I@dp S(0)@tp")]
     assert "(12 parameters were held where the reused plan has them)" in answer.text
 
 
