@@ -19,7 +19,7 @@ from autoshard.text import fold_name, human_bytes, human_seconds
 if TYPE_CHECKING:
     from autoshard.plan import Plan
 
-_MOST_MODULES, _MOST_SENT, _MOST_NOTES = 12, 6, 5
+_MOST_MODULES, _MOST_SENT, _MOST_NOTES = 10, 5, 4
 
 # Why a conversion is there, by whether it starts from a parameter, and by its row of autoshard.conversions.
 _REASONS = {

@@ -75,7 +75,7 @@ class SizeTrace:
         except _Padded as error:
             raise InputError(f"{self.where} converts a dim that does not divide inside; its cost has no expression") from error
         lost = [str(symbol) for symbol, value in integers.items() if env.replacements.get(value.node.expr, value.node.expr).is_number]
-        if lost:
+        if lost and sent:  # what sends nothing may ask as it likes: a mean divides by how many ranks there are
             raise InputError(
                 f"what {self.where} sends depends on {lost[0]} in a way that no expression says (a ring takes a step per rank); "
                 f"keep it a number: symbolic(fixed=({lost[0]!r},))"
