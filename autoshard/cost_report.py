@@ -152,13 +152,15 @@ class Pricer:
         if not forward_s:
             return CostRow("", op_name(node), "", "view")
         flops, held = flops_of(rule, equation, call) / split, list(map(self.costs.local_bytes, values, layouts))
-        moved, passes, sums = sum(held), 1, 0.0
-        if flops and equation is not None:
+        moved, passes, sums = sum(held), 1.0, 0.0
+        if rule is not None and rule.backward is not None:
+            passes += rule.backward if backward_s else 0.0
+        elif flops and equation is not None:
             for operand, value, size in zip(equation.inputs, values, held, strict=False):
                 passes += value.needs_grad and not operand.is_additive
                 sums += size + sum(held[len(call.inputs) :]) if value.needs_grad and operand.is_additive else 0.0
         elif backward_s:
-            passes = 2
+            passes = 2.0
         bounds = {
             "compute": flops / device.reached_flops_per_s(values[0].dtype) if values else 0.0,
             "memory": moved / device.memory_bytes_per_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,6 +18,7 @@ import autoshard
 from autoshard.cost_report import CostReport, price
 from autoshard.errors import InputError, PlanError
 from autoshard.instantiation import instantiate
+from autoshard.measured import Measured
 from autoshard.plan_diff import parameter_texts
 from autoshard.program import facts
 
@@ -208,6 +210,31 @@ def test_a_ring_has_no_expression_in_its_ranks() -> None:
     other = autoshard.plan(Attention(), "cp=2", (torch.zeros(6, 8, 16),), constraints={**pins, "parameter:*": "I"})
     same = autoshard.plan(Attention(), "cp=2", (torch.zeros(2, 8, 16),), constraints={**pins, "parameter:*": "I"}, dynamic="batch")
     assert number(same.cost.symbolic(("cp",)), batch=6) == pytest.approx(other.cost.total_s, rel=1e-12)
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).mean((0, 1))
+
+
+def test_a_lowering_that_sends_nothing_may_ask_for_its_ranks() -> None:
+    plan = autoshard.plan(Mean(), "dp=2", (torch.zeros(8, 16),), template="ddp", dynamic="batch", hardware="h100")
+    assert any("reduced_axes" in node.kwargs for node in plan.program.nodes("op"))
+    assert number(plan.cost.symbolic(), batch=8, dp=2) == pytest.approx(plan.cost.total_s, rel=1e-12)
+    priced = price(plan, instantiate(plan.program, {"batch": 64}))
+    assert number(plan.cost.symbolic(), batch=64, dp=2) == pytest.approx(priced.total_s, rel=1e-12)
+
+
+def test_measured_op_times_are_no_expression() -> None:
+    measured = Measured({}, {"aten.linear.default": (1e-6, 1e-6)})
+    hardware = replace(autoshard.hardware.hardware_of("h100"), name="mine", measured=measured)
+    plan = autoshard.plan(mlp(), "dp=2", (torch.zeros(8, 64),), hardware=hardware)
+    with pytest.raises(InputError, match="hardware 'mine' has measured seconds of single ops"):
+        plan.cost.symbolic()
 
 
 # ----------------------------------------------------------------------------------------------------------- crossovers
