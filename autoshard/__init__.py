@@ -5,6 +5,7 @@ from autoshard.checkpoint import checkpointable
 from autoshard.errors import AutoshardError
 from autoshard.hardware import Device, Hardware, Link
 from autoshard.mesh import MeshSpec
+from autoshard.mesh_search import search
 from autoshard.op_coverage import coverage
 from autoshard.plan import Plan
 from autoshard.profile_file import Profile
@@ -29,6 +30,7 @@ __all__ = [
     "plan",
     "profile",
     "register_rule",
+    "search",
     "simulate",
     "verify",
 ]

@@ -39,7 +39,8 @@ class Options:
     randomness: Randomness = "per_rank"
 
 
-def _check_call(model: Any, args: Any) -> None:
+def check_call(model: Any, args: Any) -> None:
+    """Raise InputError unless these are a model and a tuple of arguments."""
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is an nn.Module, not {type(model).__name__}")
     if isinstance(args, torch.Tensor):
@@ -110,7 +111,7 @@ def compile(
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
-    _check_call(model, example_inputs)
+    check_call(model, example_inputs)
     settings = _settings(
         getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic
     )
@@ -146,7 +147,7 @@ def plan(
     reuse: an earlier plan, or the path of a saved one: parameters of the same name and shape keep its layouts, the rest is solved
     (after an edit of the model, say), and `Plan.notes` says which. The mesh has the earlier one's axis names.
     """
-    _check_call(model, args)
+    check_call(model, args)
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
     settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic)

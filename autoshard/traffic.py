@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from autoshard import runtime
-from autoshard.conversions import BY_NAME, WIRE, Step
+from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
 from autoshard.costs import CostModel
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
@@ -19,7 +19,7 @@ from autoshard.program import Program, call_of, facts, tensor_operands
 from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
-Sent = tuple[str, str, int]  # axis, the collective, bytes that the axis holds together
+Sent = tuple[str, str, float]  # axis, the collective, bytes that the axis holds together
 
 
 @dataclass
@@ -107,23 +107,40 @@ def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float
     return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
 
 
-def traffic(program: Program, costs: CostModel) -> dict[str, float]:
-    """Bytes that a rank sends in one forward and backward pass, by collective; constants are converted once and not counted."""
-    moved: dict[str, float] = {}
-
-    def add(name: str, count: float) -> None:
-        if count:
-            moved[name] = moved.get(name, 0.0) + count
-
+def all_sent(program: Program, costs: CostModel) -> Iterator[Sent]:
+    """Every collective of one forward and backward pass of a rank; constants are converted once and not counted."""
     for node in program.nodes("conversion"):
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-        if not facts(node).is_constant:
-            for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
-                add(name, count)
+        known, before, axis = facts(node), facts(node.args[0]).layout, str(node.args[1])  # type: ignore[arg-type]
+        if not known.is_constant:
+            k, row = program.mesh.index(axis), BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+            whole = costs.whole_bytes(Step(k, before[k], known.layout[k]), known.value, before)
+            yield from ((axis, name, whole) for name in (row.forward, row.backward)[: 2 if known.needs_grad else 1])
     for node in program.nodes("op"):
-        for axis, collective, whole in sent_inside(program, node):
-            add(collective, WIRE[collective](program.mesh.shape[program.mesh.index(axis)]) * whole)
+        yield from sent_inside(program, node)
+
+
+def traffic(program: Program, costs: CostModel) -> dict[str, float]:
+    """Bytes that a rank sends in one forward and backward pass, by collective."""
+    moved: dict[str, float] = {}
+    for axis, name, whole in all_sent(program, costs):
+        sent = WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole
+        if sent:
+            moved[name] = moved.get(name, 0.0) + sent
     return moved
+
+
+def seconds_by_term(program: Program, costs: CostModel) -> dict[str, float]:
+    """The predicted step in parts: "all_gather on dp" and so on, "local copies", "optimizer", and "compute", which is the rest.
+
+    What ops send inside them counts as communication. Source: the objective in `program.stats`, split up.
+    """
+    terms: dict[str, float] = {}
+    for sent in all_sent(program, costs):
+        key = f"{sent[1]} on {sent[0]}" if sent[1] in COMMUNICATES else "local copies"
+        terms[key] = terms.get(key, 0.0) + seconds_inside(costs, [sent])
+    terms["optimizer"] = sum(costs.parameter_s(facts(node).value, facts(node).layout) for node in program.parameters().values())
+    terms["compute"] = max(0.0, program.stats.get("objective_s", 0.0) - sum(terms.values()))
+    return {key: seconds for key, seconds in terms.items() if seconds}
 
 
 def sent_inside(program: Program, node: fx.Node) -> list[Sent]:
