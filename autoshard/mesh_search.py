@@ -2,12 +2,15 @@
 
     meshes   devices = n_1 * .. * n_k, k = 1 .. 3, axes nested in the cluster in this order; orders that put equal sizes on
              equal links are one mesh
-    bound    a plan on k axes is, seen on one axis alone, a plan on that axis whose values the other axes split at best evenly:
+    bound    the axes are put into groups; a plan on all of them is, seen on one group alone, a plan on that group whose values
+             the other axes split at best evenly:
 
-                 step(n_1 .. n_k)  >=  sum over axes a of  n_a / devices * min over plans on a of (compute / k + conversions on a)
+                 step(mesh)  >=  sum over groups g of  ranks(g) / devices * min over plans on g of (compute * share(g) + conversions on g)
 
-The bound is computed for meshes of three axes, whose own search is the longest, and those that cannot beat the best mesh
-found so far are left out.
+             with shares that add up to one. Every axis alone is a quick bound, a pair and a single axis a better one.
+
+Meshes are searched in the order of their quick bounds; those that cannot beat the best mesh so far are left out. Constraints and
+the memory budget are not in the bound: they only make plans slower.
 """
 
 from __future__ import annotations
@@ -46,7 +49,6 @@ from autoshard.traffic import seconds_by_term, traffic
 
 AXES = {1: ("dp",), 2: ("dp", "tp"), 3: ("dp", "cp", "tp")}  # names promise nothing: the search decides what an axis does
 _FRONT = 4  # passes that do not look at the mesh: trace, normalize, draw, fold
-_BOUNDED = 3  # axes from which a mesh is bounded before it is searched
 
 Status = Literal["planned", "pruned", "refused"]
 
@@ -82,7 +84,7 @@ class MeshSearch:
     def table(self) -> Table:
         """One row per mesh, best first."""
         counts = {status: sum(row.status == status for row in self.ranking) for status in get_args(Status)}
-        pruned = f", {counts['pruned']} pruned (bounded axis by axis: cannot beat the best)" if counts["pruned"] else ""
+        pruned = f", {counts['pruned']} pruned (bounded by groups of axes: they cannot beat the best)" if counts["pruned"] else ""
         refused = f", {counts['refused']} without a plan" if counts["refused"] else ""
         caption = f"{counts['planned']} meshes searched{pruned}{refused}; {human_seconds(self.seconds)} in all"
         title = f"{self.best.model_name} on {self.devices} devices ({self.best.hardware.name})"
@@ -115,7 +117,7 @@ def search(
     *,
     devices: int,
     cluster: str | Hardware | None = None,
-    max_axes: int = 3,
+    max_axes: int = 2,
     constraints: Mapping[str, str] | None = None,
     memory_budget_bytes: float | None = None,
     inputs: Inputs = "global",
@@ -124,9 +126,9 @@ def search(
     """Plan `model(*args, **kwargs)` on every mesh of `devices` devices and rank the meshes by predicted step.
 
     args, kwargs: global inputs, of which only shapes and dtypes are read. cluster: a hardware preset by name or an
-    autoshard.Hardware; its nesting of links decides which orders of axes differ. max_axes: 1 to 3. memory_budget_bytes: upper
-    bound per rank, the device's memory if not given. constraints, inputs, outputs: as in autoshard.compile; axes are called
-    dp, then tp, and cp between them.
+    autoshard.Hardware; its nesting of links decides which orders of axes differ. max_axes: 1 to 3; a mesh of three axes takes
+    many times as long to plan as one of two. memory_budget_bytes: upper bound per rank, the device's memory if not given.
+    constraints, inputs, outputs: as in autoshard.compile; axes are called dp, then tp, and cp between them.
     Raises InputError; BudgetError when no mesh fits the budget; ConstraintError when none satisfies the constraints.
     """
     started = time.perf_counter()
@@ -174,11 +176,11 @@ def meshes_of(devices: int, hardware: Hardware, max_axes: int = 3) -> Iterator[M
 
 
 @dataclass(frozen=True)
-class _OneAxis(CostModel):
-    """Prices of one axis of a larger mesh, for the bound: its own conversions, and a `share` of the compute."""
+class _Group(CostModel):
+    """Prices of some axes of a larger mesh, for the bound: their conversions, and a `share` of the compute."""
 
     whole: CostModel = field(kw_only=True)
-    axis: int = field(kw_only=True)
+    axes: tuple[int, ...] = field(kw_only=True)
     share: float = field(kw_only=True)
 
     def op_s(self, *args: Any, **kwargs: Any) -> float:
@@ -191,7 +193,7 @@ class _OneAxis(CostModel):
         return self.share * super().parameter_s(*args, **kwargs)
 
     def collective_terms(self, name: str, axis: int) -> Any:
-        return self.whole.collective_terms(name, self.axis)
+        return self.whole.collective_terms(name, self.axes[axis])
 
 
 class _FreeInputs(SearchSpace):
@@ -218,10 +220,12 @@ class _Search:
 
     def rank(self, meshes: Sequence[MeshSpec]) -> tuple[RankedMesh, ...]:
         """Every mesh, best first, then those that were pruned, then those without a plan. Raises where there is no plan at all."""
-        rows = [self.row(mesh) for mesh in meshes if mesh.ndim < _BOUNDED]
-        deep = sorted(((self.bound_s(mesh), k, mesh) for k, mesh in enumerate(meshes) if mesh.ndim >= _BOUNDED))
-        for bound_s, _, mesh in deep:
+        rows: list[RankedMesh] = []
+        quick = sorted((self.bound_s(mesh), k, mesh) for k, mesh in enumerate(meshes)) if len(meshes) > 1 else [(0.0, 0, meshes[0])]
+        for bound_s, _, mesh in quick:
             least = min((row.predicted_step_s for row in rows), default=float("inf"))
+            if bound_s < least < float("inf") and mesh.ndim > 2:
+                bound_s = max(bound_s, *(self.bound_s(mesh, (mesh.ndim - 1 - k,)) for k in range(mesh.ndim)))
             if bound_s >= least:
                 rows.append(RankedMesh(mesh, "pruned", f"pruned: no plan below {human_seconds(bound_s)}", bound_s=bound_s))
             else:
@@ -265,26 +269,29 @@ class _Search:
         program = run_passes(passes_for(self.request)[-1:], self.best)
         return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, dict(asked.constraints))
 
-    def bound_s(self, mesh: MeshSpec) -> float:
-        """No plan on `mesh` is predicted below this; 0 where some axis alone has none (the search then says why)."""
+    def bound_s(self, mesh: MeshSpec, apart: tuple[int, ...] = ()) -> float:
+        """No plan on `mesh` is predicted below this. apart: the axis that stands apart from the others; without it every axis does."""
         whole = CostModel(mesh, self.request.settings.hardware)
-        return sum(n / mesh.size * self._axis_s(whole, axis) for axis, n in enumerate(mesh.shape))
+        if not apart:
+            groups: list[tuple[int, ...]] = [(axis,) for axis in range(mesh.ndim)]
+        else:
+            groups = [apart, tuple(axis for axis in range(mesh.ndim) if axis not in apart)]
+        return sum(self._group_s(whole, group) for group in groups)
 
-    def _axis_s(self, whole: CostModel, axis: int) -> float:
-        """The least seconds on one axis, a part of the compute included; axes of one size on one link share it."""
-        n = whole.mesh.shape[axis]
-        terms = tuple(whole.collective_terms(name, axis) for name in sorted(COMMUNICATES))
-        key = (n, terms, whole.mesh.ndim)
+    def _group_s(self, whole: CostModel, axes: tuple[int, ...]) -> float:
+        """The least seconds that a plan spends on some axes, a part of the compute included; 0 where they have no plan."""
+        shape = tuple(whole.mesh.shape[axis] for axis in axes)
+        terms = tuple(whole.collective_terms(name, axis) for name in sorted(COMMUNICATES) for axis in axes)
+        key = (shape, terms, whole.mesh.ndim)
+        mesh = MeshSpec(tuple(whole.mesh.axes[axis] for axis in axes), shape)
         if key not in self._bounds:
-            mesh = MeshSpec((whole.mesh.axes[axis],), (n,))
-            costs = _OneAxis(mesh, whole.hardware, whole=whole, axis=axis, share=1 / whole.mesh.ndim)
-            program = self.given(mesh)
+            costs = _Group(mesh, whole.hardware, whole=whole, axes=axes, share=len(axes) / whole.mesh.ndim)
             is_whole = self.request.settings.outputs == "whole"
             try:
-                self._bounds[key] = solve(_FreeInputs(program, costs, {}, is_whole).problem()[0]).bound_s
+                self._bounds[key] = solve(_FreeInputs(self.given(mesh), costs, {}, is_whole).problem()[0]).bound_s
             except InfeasibleError:
                 self._bounds[key] = 0.0
-        return self._bounds[key]
+        return self._bounds[key] * mesh.size / whole.mesh.size
 
     def _no_plan(self, count: int) -> AutoshardError:
         kinds = {type(error) for error in self.errors}

@@ -11,6 +11,8 @@ from unittest import mock
 
 import pytest
 from torch import fx
+from zoo.models import ENTRIES, build, missing
+from zoo.test_zoo import IN_CI
 
 from autoshard import search_space
 from autoshard.candidates import CandidateTable
@@ -20,8 +22,6 @@ from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.passes import AnnotateShardings, DrawWhole, FoldConstants, NormalizeGraph, TraceModel, annotate_shardings
 from autoshard.program import Program
-from zoo.models import ENTRIES, build, missing
-from zoo.test_zoo import IN_CI
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -72,7 +72,7 @@ def one_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stats_of(program: Program, mesh: str, hardware: Hardware, texts: dict[str, str] | None = None, **options) -> dict:
     """What a plan says of itself. texts: constraints in place of a template's, which give way where no size divides."""
-    patched = mock.patch.object(annotate_shardings, "template_constraints", lambda program, template: texts)
+    patched = mock.patch.object(annotate_shardings, "template_constraints", return_value=texts)
     with patched if texts is not None else contextlib.nullcontext():
         return AnnotateShardings(hardware, **options)(program.on_mesh(MeshSpec.of(mesh))).stats
 
