@@ -130,16 +130,20 @@ def traffic(program: Program, costs: CostModel) -> dict[str, float]:
 
 
 def seconds_by_term(program: Program, costs: CostModel) -> dict[str, float]:
-    """The predicted step in parts: "all_gather on dp" and so on, "local copies", "optimizer", and "compute", which is the rest.
+    """The price of the program in parts: "all_gather on dp" and so on, "local copies", "optimizer" and "compute".
 
-    What ops send inside them counts as communication. Source: the objective in `program.stats`, split up.
+    The sum is the predicted step, of random plans too. What several readers share is charged once, where the search may have charged
+    it twice, so that it may be below `objective_s`. What ops send inside them counts as communication.
     """
     terms: dict[str, float] = {}
+    inside_s = 0.0
     for sent in all_sent(program, costs):
         key = f"{sent[1]} on {sent[0]}" if sent[1] in COMMUNICATES else "local copies"
         terms[key] = terms.get(key, 0.0) + seconds_inside(costs, [sent])
+    for node in program.nodes("op"):
+        inside_s += seconds_inside(costs, sent_inside(program, node))
     terms["optimizer"] = sum(costs.parameter_s(facts(node).value, facts(node).layout) for node in program.parameters().values())
-    terms["compute"] = max(0.0, program.stats.get("objective_s", 0.0) - sum(terms.values()))
+    terms["compute"] = program.stats["ops_s"] - terms["optimizer"] - inside_s
     return {key: seconds for key, seconds in terms.items() if seconds}
 
 

@@ -84,6 +84,8 @@ class AnnotateShardings:
         decided_s = _decided_s(program, space, choice) if self.seed is None else 0.0
         program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": solution.bound_s + decided_s}
         program.stats["kept_bytes"] = solution.memory_bytes
+        taken = {**space.chosen, **{node: options[choice[node]] for node, options in space.domains.items()}}
+        program.stats["ops_s"] = sum(candidate.cost_s for node, candidate in taken.items() if not facts(node).is_constant)
         _write(program, space, choice)
         _report(program, space, solution, self.seed is not None)
         return program

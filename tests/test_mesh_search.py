@@ -59,7 +59,7 @@ def test_every_mesh_is_planned_as_plan_does_it() -> None:
             assert row.predicted_step_s == pytest.approx(alone.stats["objective_s"], rel=1e-9)
             assert row.wire_bytes == pytest.approx(traffic(alone.program, CostModel(row.mesh, EAGER)))
             assert row.memory_bytes == alone.stats["kept_bytes"]
-            assert sum(row.seconds.values()) == pytest.approx(row.predicted_step_s)
+            assert 0.9 * row.predicted_step_s <= sum(row.seconds.values()) <= row.predicted_step_s * (1 + 1e-9)
 
 
 def test_the_best_plan_runs() -> None:

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from page import OUT, heading, table, write  # noqa: E402
+from page import OUT, heading, table, write
 
-import autoshard  # noqa: E402
-from autoshard.text import human_bytes, human_seconds  # noqa: E402
+import autoshard
+from autoshard.text import human_bytes, human_seconds
 
 BATCH, LENGTH = 16, 2048
 TIMEOUT_S = 3600
