@@ -57,8 +57,8 @@ def gpt() -> Made:
 
 
 def llama() -> Made:
-    config = LlamaConfig(32768, 2048, 5632, 4, 32, 8, max_position_embeddings=4096, use_cache=False)
-    return LlamaForCausalLM(config), tokens(8, 2048)
+    sizes = {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=4, use_cache=False)), tokens(8, 2048)
 
 
 def vit() -> Made:
@@ -67,8 +67,8 @@ def vit() -> Made:
 
 
 def moe() -> Made:
-    config = OlmoeConfig(50304, 2048, 1024, num_hidden_layers=2, num_experts=64, num_experts_per_tok=8, use_cache=False)
-    return OlmoeForCausalLM(config), tokens(8, 2048)
+    sizes = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8}
+    return OlmoeForCausalLM(OlmoeConfig(**sizes, num_hidden_layers=2, use_cache=False)), tokens(8, 2048)
 
 
 def resnet() -> Made:

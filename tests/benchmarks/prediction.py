@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (512, 2048, 2048, 512)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for layer in self.layers:
@@ -186,6 +187,11 @@ def worst(cases: list[Case]) -> Case:
     return max(cases, key=lambda case: max(case.measured_s / case.predicted_s / middle, middle * case.predicted_s / case.measured_s))
 
 
+def _cells(case: Case) -> list[str]:
+    ratio = f"{case.measured_s / case.predicted_s:.2f}"
+    return [case.model, case.mesh, case.kind, human_seconds(case.predicted_s), human_seconds(case.measured_s), ratio, f"{case.spread:.0%}"]
+
+
 def report(cases: list[Case], hardware: Hardware, how: str, rounds: int) -> str:
     off = worst(cases)
     middle = statistics.median(case.measured_s / case.predicted_s for case in cases)
@@ -208,20 +214,7 @@ def report(cases: list[Case], hardware: Hardware, how: str, rounds: int) -> str:
         "",
         "## Every plan",
         "",
-        *table(
-            ["model", "mesh", "plan", "predicted", "measured", "measured / predicted", "spread"],
-            [
-                [
-                    c.model,
-                    c.mesh,
-                    c.kind,
-                    *map(human_seconds, (c.predicted_s, c.measured_s)),
-                    f"{c.measured_s / c.predicted_s:.2f}",
-                    f"{c.spread:.0%}",
-                ]
-                for c in cases
-            ],
-        ),
+        *table(["model", "mesh", "plan", "predicted", "measured", "measured / predicted", "spread"], [*map(_cells, cases)]),
     ]
     return "\n".join(lines) + "\n"
 
