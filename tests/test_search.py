@@ -10,8 +10,10 @@ import torch
 from test_solver import ilp
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import autoshard
+from autoshard.candidates import bound_rule
 from autoshard.constraints import template_constraints
 from autoshard.conversion_table import ConversionTable
 from autoshard.costs import CostModel
@@ -21,7 +23,7 @@ from autoshard.ops.row import TensorInfo
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
 from autoshard.passes.fold_constants import evaluate
 from autoshard.placements import I, Layout, P, R, S, local_shape
-from autoshard.program import Program, arguments, facts, op_name
+from autoshard.program import Program, arguments, call_of, facts, op_name
 from autoshard.search_space import SearchSpace
 from autoshard.solver import solve
 
@@ -171,6 +173,30 @@ def test_constants_are_computed_exactly() -> None:
     assert torch.equal(evaluate(last.args[1], known), constant())
     for node, value in known.items():
         assert (tuple(value.shape), value.dtype) == (facts(node).value.shape, facts(node).value.dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), (2, 8, 16, 16)),
+        (nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=True), (2, 8, 16, 16)),
+        (nn.Conv1d(8, 12, 5), (2, 8, 16)),
+        (nn.ConvTranspose2d(8, 12, 4, stride=2, groups=2), (2, 8, 6, 6)),
+        (nn.Conv3d(3, 4, 2), (1, 3, 4, 5, 6)),
+        (nn.Linear(8, 12), (2, 5, 8)),
+    ],
+)
+def test_work_is_what_torch_counts(op: nn.Module, shape: tuple[int, ...]) -> None:
+    """Against torch's own counter, two flops per product."""
+    x = torch.zeros(shape)
+    with FlopCounterMode(display=False) as counter:
+        op(x)
+    (node,) = traced(op, (x,), "a=2").nodes("op")
+    rule, equation = bound_rule(node)
+    call = call_of(node)
+    assert rule is not None
+    assert equation is not None
+    assert 2 * rule.products(equation.sizes, (*call.inputs, *call.outputs)) == counter.get_total_flops()
 
 
 def test_conversion_table_equals_single_routes() -> None:
