@@ -126,7 +126,7 @@ def report(runs: dict[str, dict[str, Any]]) -> str:
         f"Hugging Face modules on the meta device in bfloat16, training, {BATCH} x {LENGTH} tokens, template `auto`, hardware h100, each",
         "case once in a fresh process on one thread. Phases are CPU seconds; `other` is normalising, folding, inserting collectives,",
         "localising and the placement checker. CPU and wall are from the module to the emitted program; wall is above CPU where the",
-        "machine did other work at the same time.",
+        "machine did other work at the same time. Phases are left out where only their wall seconds are known.",
         "",
         *table(columns, [cells(CASES[key], run) for key, run in runs.items()]),
     ]
