@@ -7,6 +7,7 @@ python tests/benchmarks/prediction.py --rounds 3 --models mlp
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -230,6 +231,7 @@ def main() -> None:
         cases = plan_all(args.models, hardware, folder)
         print(f"{len(cases)} plans made", flush=True)
         measure_all(cases, args.rounds)
+    how += f"; load average of the machine {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores while measuring"
     write(args.out, "prediction.md", report(cases, hardware, how, args.rounds))
 
 
