@@ -138,18 +138,13 @@ def search(
             limits = f"{least} to {most}" if most is not None else f"{least} or more"
             raise InputError(f"{name} is a whole number, {limits}; got {number!r}")
     hardware = hardware_of(cluster)
-    budget = device_bytes(hardware) if memory_budget_bytes is None else memory_budget_bytes
+    budget = hardware.device.memory_bytes if memory_budget_bytes is None else memory_budget_bytes
     settings = Settings(hardware, "auto", dict(constraints or {}), budget, inputs, outputs)
     meshes = list(meshes_of(devices, hardware, max_axes))
     request = Request(model, tuple(args), dict(kwargs or {}), meshes[-1], settings)
     finder = _Search(request, run_passes(passes_for(request)[:_FRONT], Program(fx.Graph(), meshes[-1])))
     rows = finder.rank(meshes)
     return MeshSearch(finder.finish(), rows, devices, time.perf_counter() - started)
-
-
-def device_bytes(hardware: Hardware) -> float:
-    """Memory of one device."""
-    return getattr(hardware, "device", hardware).memory_bytes
 
 
 def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -19,7 +19,7 @@ from autoshard import search_space
 from autoshard.candidates import CandidateTable
 from autoshard.constraints import template_constraints
 from autoshard.costs import CostModel
-from autoshard.hardware import Hardware, hardware_of
+from autoshard.hardware import Device, Hardware, Link, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.passes import AnnotateShardings, DrawWhole, FoldConstants, NormalizeGraph, TraceModel, annotate_shardings
 from autoshard.program import Program
@@ -30,7 +30,12 @@ TEMPLATES = ("ddp", "fsdp", "megatron", "megatron_sp")
 ONE_AXIS, TWO_AXES = ("a=2", "a=4"), ("a=2,b=2", "a=2,b=4")
 LARGE = ("t5_decoder_ids", "linear_attention", "bert", "unet_plain", "vit", "nanogpt")  # seconds of CPU each on two axes
 # Starting anything costs next to nothing and arithmetic much, so that models of a few thousand parameters are worth splitting.
-EAGER = Hardware("eager", 1e9, 1e9, 1e12, 2, 4e8, 1e8, 1e-8, 1e-9)
+EAGER = Hardware(
+    "eager",
+    Device("eager", {"float32": 1e9}, 1e12, 1e9, 1e-9, 0.6),
+    (Link("pair", 2, 4e8, 0.0), Link("all", None, 1e8, 0.0)),
+    collective_latency_s=1e-8,
+)
 
 
 def traced(name: str) -> Program:
