@@ -28,7 +28,6 @@ STEPS = [
     ("two_tower", "a=2,b=2", "megatron", "sgd_momentum"),
     ("unet_plain", "a=2", "fsdp", "adamw"),
     ("convnet_batchnorm", "a=2,b=2", "fsdp", "sgd"),
-    ("moe_dense", "a=2", "megatron", "adam"),
 ]
 
 
