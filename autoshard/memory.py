@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import fx
 
 from autoshard.caching_allocator import CachingAllocator
+from autoshard.hardware import Hardware
 from autoshard.memory_recorder import Block, Event
 from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer, Phase, Place, rehearse
@@ -115,17 +116,25 @@ class Memory:
         return f"Memory(peak {human_bytes(self.peak_bytes)} in {self.peak.phase}, {self.optimizer}, {self.device})"
 
 
+def device_type_of(hardware: Hardware) -> DeviceType:
+    """What runs on this hardware: a GPU, but for the preset `cpu` and what was measured on something else than one."""
+    name = hardware.device.name.lower()
+    is_cpu = name == "cpu" if hardware.measured is None else "nvidia" not in name
+    return "cpu" if is_cpu else "cuda"
+
+
 def memory_of(program: Program, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType = "cpu", hardware: str = "") -> Memory:
     """Predict the memory of rank 0 of a finished program.
 
     optimizer: a name of rehearsal.OPTIMIZERS, a function from a list of parameters to a torch optimizer, or None for inference.
-    device: whose kernels and whose allocator; hardware: preset whose cuBLAS workspace is counted. Sizes that may change are taken
+    device: whose kernels and whose allocator; hardware: name of the device, for cuBLAS's workspace. Sizes that may change are taken
     at their example. Raises InputError, PlanError.
     """
     events = rehearse(program, optimizer, device)
     margin = 0
     if device == "cuda":
-        workspace = Block(_CUBLAS.get(hardware, max(_CUBLAS.values())), Place("rest"), kind="workspace")
+        cublas = next((count for name, count in _CUBLAS.items() if name in hardware.lower()), max(_CUBLAS.values()))
+        workspace = Block(cublas, Place("rest"), kind="workspace")
         events = [Event(workspace, True, workspace.place), *events]
         margin = _as_allocated(events)
     curve, peak, by_module = _curve(events)

@@ -19,7 +19,7 @@ from autoshard.costs import CostModel
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
-from autoshard.memory import Memory, memory_of
+from autoshard.memory import Memory, device_type_of, memory_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, format_layout
@@ -133,7 +133,7 @@ class Plan:
         (which may set foreach=True, say), or None for inference. device: whose kernels and allocator, "cpu" or "cuda"; by default
         what the plan's hardware is. Some seconds for a model of thousands of ops. Raises InputError, PlanError.
         """
-        return memory_of(self.program, optimizer, device or ("cpu" if self.hardware.name == "cpu" else "cuda"), self.hardware.name)
+        return memory_of(self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name)
 
     def graph(self, level: str = "modules") -> graphviz.Digraph:
         """The partitioned graph as a graphviz.Digraph; `level` is "modules" or "ops"."""
