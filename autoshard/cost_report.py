@@ -230,21 +230,19 @@ class CostReport:
     """Predicted costs of one plan, per rank and step.
 
     rows: one per kind of work of each node, in the order of the program. Those computed once (is_per_step False) are shown
-    and not summed. objective_s: what the search minimised. It leaves out what it decided beforehand (`decided_s`: nodes that
-    depend on inputs alone), and charges a conversion to every reader though the program makes it once (`shared_s`), so that
-    total_s = objective_s + decided_s - shared_s.
+    and not summed. objective_s: what the search minimised. It may charge a conversion of a pinned value to every reader though
+    the program makes it once (`shared_s`), so that total_s = objective_s - shared_s.
     """
 
     plan: Plan
     program: Program
     rows: tuple[CostRow, ...]
     objective_s: float
-    decided_s: float
 
     @property
     def shared_s(self) -> float:
         """Seconds of conversions that the search charged more than once."""
-        return self.objective_s + self.decided_s - self.total_s
+        return self.objective_s - self.total_s
 
     @property
     def total_s(self) -> float:
@@ -309,12 +307,9 @@ class CostReport:
     @property
     def account(self) -> str:
         """How the total and what the search minimised differ, in words; "" where they do not."""
-        parts = []
-        if self.decided_s > 1e-9 * self.total_s:
-            parts.append(f"{human_seconds(self.decided_s)} of it depends on inputs alone and was not searched")
-        if abs(self.shared_s) > 1e-9 * self.total_s:
-            parts.append(f"the search minimised {human_seconds(self.objective_s)}: it charges a shared conversion to each of its readers")
-        return "; ".join(parts)
+        if abs(self.shared_s) <= 1e-9 * self.total_s:
+            return ""
+        return f"the search minimised {human_seconds(self.objective_s)}: it charges a shared conversion to each of its readers"
 
     def __rich__(self) -> Table:
         return self.table()
@@ -328,9 +323,7 @@ def price(plan: Plan, program: Program | None = None) -> CostReport:
     program = program or plan.program
     pricer = Pricer(program, CostModel(program.mesh, plan.hardware))
     rows = tuple(pricer.rows())
-    decided = decided_nodes(program, plan.constraints)
-    decided_s = sum(row.total_s for node in decided for row in pricer.of(node) if row.is_per_step)
-    return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan), decided_s)
+    return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan))
 
 
 def decided_nodes(program: Program, constraints: Mapping[str, str]) -> list[fx.Node]:

@@ -39,6 +39,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
 
+# _disable_current_modes: nothing public leaves dispatch modes for a while. If it moves: plan.memory.
+from torch.utils._python_dispatch import _disable_current_modes
+
 _PACKAGE = str(Path(__file__).parent)
 
 __all__ = [
@@ -46,17 +49,23 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "_StridedShard",
+    "convolution_kernel",
     "fake_copy",
     "fake_mode",
+    "holders",
     "is_in_backward",
     "keep_nested_no_grad",
     "let_segments_be_read",
     "local_of",
     "new_symbolic_integer",
+    "ops_seen_by_autograd",
+    "outside_modes",
     "pytree",
     "record_lost_backwards",
     "record_size_guards",
     "region_of",
+    "running_gradient",
+    "running_gradient_number",
     "spell_out_keywords",
     "tag_checkpoints",
 ]
@@ -322,3 +331,34 @@ def let_segments_be_read() -> None:
 
     generate.falls_back = True  # type: ignore[attr-defined]
     Planner.generate_graph_based_transform_infos = generate  # type: ignore[method-assign]
+
+
+# What plan.memory asks autograd while a step is rehearsed. Private: the names in each function. If they move: plan.memory fails.
+outside_modes = _disable_current_modes
+
+
+def ops_seen_by_autograd() -> int:
+    """How many ops autograd has numbered in this thread."""
+    return torch.autograd._get_sequence_nr()
+
+
+def running_gradient() -> str:
+    """Name of the gradient that backward is computing now, "" when it is not."""
+    node = torch._C._current_autograd_node()
+    return node.name() if node is not None else ""
+
+
+def running_gradient_number() -> int | None:
+    """The number that autograd gave to the op whose gradient it is computing now."""
+    node = torch._C._current_autograd_node()
+    return node._sequence_nr() if node is not None else None
+
+
+def holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold a tensor, and its storage; views hold the storage too."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def convolution_kernel(x: torch.Tensor, weight: torch.Tensor, settings: list[Any]) -> str:
+    """Name of the kernel that torch chooses for a convolution; settings: stride, padding, dilation, transposed, output_padding, groups."""
+    return str(torch._C._select_conv_backend(x, weight, None, *settings))
