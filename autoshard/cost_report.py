@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import fx
 
 from autoshard.candidates import bound_rule, layouts_of
-from autoshard.constraints import pins_of
 from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
 from autoshard.costs import CostModel, optimizer_cost, split_of
 from autoshard.equations import Equation
@@ -326,25 +325,6 @@ def price(plan: Plan, program: Program | None = None) -> CostReport:
     return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan))
 
 
-def decided_nodes(program: Program, constraints: Mapping[str, str]) -> list[fx.Node]:
-    """Nodes that the search does not vary: ops computed from inputs and constants alone that nothing pins, and their conversions."""
-    asked = pins_of(program, {pattern: text for pattern, text in constraints.items() if pattern.startswith("split:")})
-    found: dict[fx.Node, None] = {}
-    for node in program.nodes("input", "buffer", "op", "projection"):
-        known = facts(node)
-        is_pinned = node in asked or (known.role == "op" and (known.is_pinned or any(facts(user).is_pinned for user in node.users)))
-        reads = [source_of_value(operand) for operand in (tensor_operands(node) if known.role == "op" else node.all_input_nodes)]
-        if known.is_constant or (not known.needs_grad and not is_pinned and all(operand in found for operand in reads)):
-            found[node] = None
-    for node in program.nodes("conversion", "mask"):
-        source = source_of_value(node)
-        searched = any(facts(user).role == "op" and user not in found for user in readers_of(node))
-        is_on_way_in = facts(source).role == "input" and facts(source).is_pinned and _leads_to_hub(node, facts(source).hub)
-        if source in found and (not searched or is_on_way_in):
-            found[node] = None
-    return [node for node in found if facts(node).role in ("op", "conversion", "mask")]
-
-
 def source_of_value(node: fx.Node) -> fx.Node:
     """The node whose value `node` is: conversions and masks are looked through."""
     while facts(node).role in ("conversion", "mask"):
@@ -359,8 +339,3 @@ def readers_of(node: fx.Node) -> Iterator[fx.Node]:
             yield from readers_of(user)
         else:
             yield user
-
-
-def _leads_to_hub(node: fx.Node, hub: Layout | None) -> bool:
-    """Whether a conversion stands between an input as it is given and the layout that it is pinned to."""
-    return facts(node).layout == hub or any(facts(user).role == "conversion" and _leads_to_hub(user, hub) for user in node.users)

@@ -80,11 +80,11 @@ def _is_inserted(node: fx.Node) -> bool:
     known = facts(node)
     if known.recompute is not None:
         return False
-    is_cast = op_name(node) == "aten.to.dtype" and _of_parameter(node)
+    is_cast = op_name(node) == "aten.to.dtype" and is_of_parameter(node)
     return known.role == "conversion" or op_name(node) == "aten.detach.default" or is_cast
 
 
-def _of_parameter(node: fx.Node) -> bool:
+def is_of_parameter(node: fx.Node) -> bool:
     while facts(node).role == "conversion" or op_name(node) in ("aten.to.dtype", "aten.detach.default"):
         node = node.all_input_nodes[0]
     return facts(node).role == "parameter"
@@ -92,7 +92,7 @@ def _of_parameter(node: fx.Node) -> bool:
 
 def _is_worth_repeating(program: Program, node: fx.Node, number: int | None) -> bool:
     source = node.all_input_nodes[0]
-    if facts(node).role != "conversion" or facts(source).recompute == number or _of_parameter(node):
+    if facts(node).role != "conversion" or facts(source).recompute == number or is_of_parameter(node):
         return True
     sizes = program.mesh.shape
     before, after = (local_shape(facts(n).value.shape, facts(n).layout, sizes) or () for n in (source, node))
