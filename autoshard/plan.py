@@ -26,6 +26,7 @@ from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
 from autoshard.resolving import Resolver
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
+from autoshard.timeline import Timeline, timeline_of
 from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
@@ -77,10 +78,20 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Seconds per phase (`trace_s`, `solve_s`, `emit_s`, ...), `nodes`, `objective_s`, `bound_s`, and what a step moves.
 
-        wire_bytes_per_step: bytes that a rank sends in one forward and backward pass, by collective.
+        predicted_s: seconds of a training step on the timeline, overlap counted. wire_bytes_per_step: bytes that a rank
+        sends in one forward and backward pass, by collective.
         """
         moved = traffic(self.program, CostModel(self.mesh, self.hardware))
-        return {**self.program.stats, "nodes": len(self.program.graph.nodes), "wire_bytes_per_step": moved}
+        predicted = {"predicted_s": self.timeline().total_s, "wire_bytes_per_step": moved}
+        return {**self.program.stats, "nodes": len(self.program.graph.nodes), **predicted}
+
+    def timeline(self) -> Timeline:
+        """One predicted training step: what runs when on the compute stream and on each axis' communication stream.
+
+        `.total_s`, `.compute_s`, `.exposed_s` (by axis, seconds in which compute stands still for collectives), `.events`,
+        `.to_chrome_trace(path)`.
+        """
+        return timeline_of(self.program, CostModel(self.mesh, self.hardware))
 
     @property
     def cost(self) -> CostReport:

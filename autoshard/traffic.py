@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from autoshard import runtime
-from autoshard.conversions import BY_NAME, WIRE, Step
+from autoshard.conversions import WIRE, Step
 from autoshard.costs import CostModel
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import Layout, local_shape
-from autoshard.program import Program, call_of, facts, tensor_operands
+from autoshard.program import Program, asked_of, call_of, facts, row_of, tensor_operands
 from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
@@ -101,8 +101,8 @@ def seconds_inside(costs: CostModel, sent: Sequence[Sent]) -> float:
 def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
     """Bytes that a rank sends in one conversion node: forward, and backward where a gradient flows."""
     known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
-    axis = program.mesh.index(str(node.args[1]))
-    n, row = program.mesh.shape[axis], BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+    axis = program.mesh.index(str(asked_of(node).args[1]))
+    n, row = program.mesh.shape[axis], row_of(node)
     whole = costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
     return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
 
@@ -116,7 +116,7 @@ def traffic(program: Program, costs: CostModel) -> dict[str, float]:
             moved[name] = moved.get(name, 0.0) + count
 
     for node in program.nodes("conversion"):
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        row = row_of(node)
         if not facts(node).is_constant:
             for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
                 add(name, count)

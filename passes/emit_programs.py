@@ -19,11 +19,11 @@ import torch
 from torch import fx
 
 from autoshard.autocast import Autocast, State
-from autoshard.conversions import BY_NAME, PADDING
+from autoshard.conversions import BY_NAME, COMMUNICATES, PADDING, STARTS, WAIT
 from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout, padded_axes
-from autoshard.program import Facts, Program, facts, is_of_runtime
+from autoshard.program import Facts, Program, facts, is_of_runtime, is_wait, row_of
 from autoshard.regions import results, statistics
 from autoshard.symbolic import Size, Symbol
 from autoshard.text import describe_value, short_dtype
@@ -43,7 +43,7 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
-        imported = sorted(used & {*BY_NAME, *lowerings(), *PADDING})
+        imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -172,7 +172,7 @@ class _Text:
             return
         if known.role in ("op", "update"):
             self.enter(known.autocast)
-        if known.role in ("op", "conversion", "mask", "projection", "update"):
+        if known.role in ("op", "projection", "update"):
             self._say_where(known)
         operands = list(dict.fromkeys(node.all_input_nodes))
         for operand in operands:
@@ -222,8 +222,6 @@ class _Text:
             self.margin += "    "
 
     def _say_where(self, known: Facts) -> None:
-        if known.role in ("conversion", "mask"):
-            return
         if known.source.module != self.module:
             self._write([*_delete(self.dying), f"# ---- {known.source.module or 'the model itself'} ({known.source.module_class})"])
             self.dying, self.module = [], known.source.module
@@ -266,8 +264,13 @@ def _statement(program: Program, node: fx.Node) -> Iterator[str]:
     if known.role == "update":
         text = _expression(node, known)
     comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
+    if known.role == "start":
+        row = row_of(node)
+        words = [f"{row.forward} starts"] if row.forward in COMMUNICATES else []
+        words += [f"backward {row.backward} ends"] if row.backward in COMMUNICATES and known.needs_grad else []
+        comment += f"   {'; '.join(words)}"
     if known.role == "conversion":
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        row = row_of(node)
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
         comment += f"   {both}"
     if known.role == "mask":
@@ -295,7 +298,9 @@ def _expression(node: fx.Node, known: Facts) -> str:
         args = [written.get(arg, arg) for arg in args]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
-    if known.role in ("conversion", "mask"):
+    if is_wait(node):
+        return f"{WAIT}({args[0]})"
+    if known.role in ("start", "conversion", "mask"):
         sizes = [f"{key}={_value(value)}" for key, value in node.kwargs.items()]
         return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:], *sizes])})"  # type: ignore[union-attr]
     target = str(node.target)

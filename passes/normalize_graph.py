@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from autoshard.autocast import inside
-from autoshard.conversions import BY_NAME
+from autoshard.conversions import BY_NAME, STARTS, WAIT
 from autoshard.embedding_bags import rewrite_bags
 from autoshard.errors import TraceError
 from autoshard.expert_regions import fuse_experts, report_experts
@@ -57,7 +57,7 @@ _FACTORIES = {
     aten.new_empty.default: aten.zeros.default,
 }
 # What the emitted text itself calls by these names, besides the mesh axes.
-_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
+_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *STARTS, WAIT, *lowerings()}
 
 
 @dataclass(frozen=True)
