@@ -169,6 +169,9 @@ def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
     if row is None or (asked is node and node.target is not getattr(runtime, row.name)):
         yield f"calls {node.target}, which is not a conversion"
         return
+    if len(asked.args) < 2:
+        yield f"{row.name} is called with {asked.args}"
+        return
     source, axis_name = asked.args[0], asked.args[1]
     if asked is node and facts(source).role == "start":  # type: ignore[arg-type]
         yield f"converts {source}, which was started and not waited for"

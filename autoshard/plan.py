@@ -243,7 +243,8 @@ class Plan:
         self.check_model(model)
         asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
         dynamic = leaf_marks(self.program)
-        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, **asked)
+        overlaps = any(True for _ in self.program.nodes("start"))
+        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, overlap=overlaps, **asked)
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)
         return sharded

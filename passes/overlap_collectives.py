@@ -57,7 +57,7 @@ class OverlapCollectives:
 
 @dataclass
 class _Places:
-    """Where each node that computes stands, the first node of each place, and the forward seconds before it."""
+    """Where each node that computes stands, the first node of each place, and the forward seconds of ops before it."""
 
     number: dict[fx.Node, int] = field(default_factory=dict)
     first: list[fx.Node] = field(default_factory=list)
@@ -75,7 +75,7 @@ class _Places:
                 places.before_s.append(places.before_s[-1])
             region = known.recompute
             places.number[node] = len(places.first) - 1
-            places.before_s[-1] += work_of(program, node, costs).forward_s
+            places.before_s[-1] += work_of(program, node, costs).forward_s if known.role == "op" else 0.0
         return places
 
     def middle(self, start: int, need: int, share: float) -> int:

@@ -127,7 +127,10 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         if _is_backward_split():
             pending = launch(ctx.backward_collective, pad_cut(ctx.backward_collective, grad, ctx.axis.size), ctx.axis)
-            return pending if pending.shape == ctx.shape else pending.view(ctx.shape), None, None, None, None
+            pending = pending if pending.shape == ctx.shape else pending.view(ctx.shape)
+            if not torch.compiler.is_compiling():
+                pending.sent = grad  # type: ignore[attr-defined]  # else autograd may add to it in place, for another branch, while it is read
+            return pending, None, None, None, None
         return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None, None
 
 
