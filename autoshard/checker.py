@@ -2,8 +2,8 @@
 
 It reads nothing of how the program was made: an op must have, on every axis, operand and result placements that are a row
 of its rule's strategies; a conversion must be a row of the table, between the layouts beside it, on a dim whose pieces do
-not interleave, and in two parts only where one wait follows one start; what an op sums over must be zero at padding, and nothing else may be; what leaves the program must be whole
-or split. All faults are reported, not the first.
+not interleave, and in two parts only where one wait ends one start; what an op sums over must be zero at padding, and
+nothing else may be; what leaves the program must be whole or split. All faults are reported, not the first.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Plan:
     def table(self) -> Table:
         """Parameters with shapes and layouts, equal layers in one row, and what a step communicates."""
         cost = CostModel(self.mesh, self.hardware)
-        predicted = human_seconds(self.program.stats.get("objective_s", 0.0))
+        predicted = human_seconds(self.timeline().total_s)
         title = f"{self.model_name} on {self.mesh} ({self.hardware.name}), predicted step {predicted}"
         table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("parameter", "shape", "layout"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -112,8 +112,10 @@ class SimulatedAxis:
         return Started(self, x, Ranks(self.run(forward, pending) if self.size > 1 else pending), forward, backward)  # type: ignore[arg-type]
 
     def wait(self, started: Started) -> Ranks:
-        source, pending = started.source.values, started.pending.values  # type: ignore[operator]
-        return Ranks(_Wait.apply(self, started.backward, len(source), *source, *pending)) if self.size > 1 else started.source  # type: ignore[return-value]
+        source, pending = (cast(Ranks, ranks) for ranks in (started.source, started.pending))
+        if self.size == 1:
+            return source
+        return Ranks(_Wait.apply(self, started.backward, len(source.values), *source.values, *pending.values))
 
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Ranks:
         leaves = [value for arg in args if isinstance(arg, Ranks) for value in arg.values]

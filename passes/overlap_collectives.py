@@ -175,7 +175,9 @@ def _choose_starts(chains: list[_Chain], limit: float, count: int) -> None:
 
 def _arrange(program: Program, places: _Places, chains: list[_Chain]) -> None:
     """Put every chain where it was chosen to run. At one place, what is needed there comes first."""
-    planned = [(slot, slot < chain.need, chain.need, k, node) for k, chain in enumerate(chains) for slot, node in _slots(program, places, chain)]
+    planned = [
+        (slot, slot < chain.need, chain.need, k, node) for k, chain in enumerate(chains) for slot, node in _slots(program, places, chain)
+    ]
     for slot, *_, node in sorted(planned, key=lambda entry: entry[:4]):
         places.first[slot].prepend(node)
 
@@ -209,7 +211,8 @@ def joined(program: Program) -> Program:
     """A copy with every conversion in one part again, just before its first reader; the program itself where none is split."""
     if not any(True for _ in program.nodes("start")):
         return program
-    graph, new = fx.Graph(), {}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
 
     def copy(node: fx.Node) -> None:
         asked = asked_of(node) if is_wait(node) else node

@@ -1,4 +1,4 @@
-"""overlap_collectives on simulated ranks: the same numbers, no more memory on its way than allowed, and no mutant that passes the checker."""
+"""overlap_collectives on simulated ranks: the same numbers, no more on its way than allowed, no mutant that passes the checker."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def overlapped(program: Program, ahead_bytes: float | None) -> Program:
 
 
 @settings(max_examples=max(settings().max_examples // 8, 1))
-@given(graphs(8), st.sampled_from(("a=2", "a=3", "a=2,b=2")), st.integers(0, 9999), st.booleans(), st.sampled_from((None, 0.0, 512.0, 1e12)))
+@given(
+    graphs(8), st.sampled_from(("a=2", "a=3", "a=2,b=2")), st.integers(0, 9999), st.booleans(), st.sampled_from((None, 0.0, 512.0, 1e12))
+)
 def test_random_plans_train_as_one_device(graph: Graph, mesh: str, seed: int, is_scattered: bool, ahead_bytes: float | None) -> None:
     case = Case.of(graph.model(), graph.arguments())
     program = overlapped(case.plan(mesh, seed, is_scattered=is_scattered), ahead_bytes)
@@ -132,7 +134,7 @@ def test_data_parallel_gradients_are_waited_for_at_the_end_of_backward() -> None
     first_op = next(k for k, node in enumerate(order) if facts(node).role == "op" and not facts(node).is_constant)
     assert {node.target for node in starts} == {runtime.start_vary}
     assert max(map(order.index, starts)) < first_op + 2
-    assert all(list(wait.users) for wait in map(lambda start: next(iter(start.users)), starts))
+    assert all(next(iter(start.users)).users for start in starts)
 
 
 def test_a_weight_larger_than_the_limit_is_gathered_where_it_is_used() -> None:
@@ -184,6 +186,7 @@ def test_a_saved_plan_is_the_same_and_a_picture_shows_one_node_per_pair(mesh: st
 
 
 # ------------------------------------------------------------------------------------------------------------ mutants
+
 
 def mutants_of(program: Program, start: fx.Node) -> Iterator[Mutant]:
     """Changes to one pair, given as its start."""
@@ -275,7 +278,9 @@ def test_the_text_says_what_is_wrong_with_a_pair() -> None:
     start = next(iter(program.nodes("start")))
     wait = next(iter(start.users))
     next(iter(wait.users)).replace_input_with(wait, start)
-    with pytest.raises(PlacementError, match=r"is waited for 1 times and read by 2 nodes; one wait has to end it[\s\S]*was started and not"):
+    with pytest.raises(
+        PlacementError, match=r"is waited for 1 times and read by 2 nodes; one wait has to end it[\s\S]*was started and not"
+    ):
         check(program)
     assert asked_of(wait) is start
 

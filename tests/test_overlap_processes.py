@@ -56,7 +56,12 @@ def rows_give_the_same(mesh: DeviceMesh) -> None:
     axis = axis_of(mesh)
     cases = [(row.name, DIMS.get(row.name, ())) for row in STARTS.values()]
     cases += [("all_gather", (1,)), ("all_gather", (1, (12, 4))), ("reduce_scatter", (0,)), ("reduce_scatter", (1, (4, 4)))]
-    cases += [("slice_invariant", (0,)), ("all_to_all", (1, (), 0, ())), ("all_to_all", (1, (12, 4), 0, ())), ("all_gather_invariant", (0,))]
+    cases += [
+        ("slice_invariant", (0,)),
+        ("all_to_all", (1, (), 0, ())),
+        ("all_to_all", (1, (12, 4), 0, ())),
+        ("all_gather_invariant", (0,)),
+    ]
     for name, dims in cases:
         results = []
         for is_split in (False, True):

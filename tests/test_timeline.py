@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import cache
@@ -76,7 +77,7 @@ def test_a_stream_does_one_thing_at_a_time_in_the_order_of_launch(tasks: list[Ta
     for stream in (COMPUTE, *AXES):
         own = [event for event in found.events if event.stream == stream]
         assert [event.name for event in own] == [t.name for t in tasks if t.stream == stream and t.verb != "wait" and t.seconds]
-        assert all(a.end_s <= b.start_s * (1 + SLACK) + 1e-12 for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end_s <= b.start_s * (1 + SLACK) + 1e-12 for a, b in itertools.pairwise(own))
 
 
 @given(steps(), st.data())
@@ -129,7 +130,12 @@ def planned(example: str, mesh: str, template: Any, overlap: bool) -> autoshard.
 def test_without_overlap_the_step_takes_what_the_search_minimised(example: str, mesh: str, template: str) -> None:
     """But for what depends on inputs alone, which templates decide before the search, and conversions that the program found to share."""
     plan = planned(example, mesh, template, False)
-    costs, program, total_s, objective_s = CostModel(plan.mesh, plan.hardware), plan.program, plan.timeline().total_s, plan.stats["objective_s"]
+    costs, program, total_s, objective_s = (
+        CostModel(plan.mesh, plan.hardware),
+        plan.program,
+        plan.timeline().total_s,
+        plan.stats["objective_s"],
+    )
     alone = [node for node in program.nodes("op", "conversion", "mask") if not facts(node).needs_grad and not facts(node).is_constant]
     alone_s = sum(task.seconds for node in alone for task in work_of(program, node, costs).forward)
     assert total_s <= (objective_s + alone_s) * (1 + 1e-6)
