@@ -142,7 +142,7 @@ def _projection_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
 
 def _start_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
     """What `wait` converts is judged there; here, whether the first part stands alone."""
-    source, row = node.args[0], STARTS.get(getattr(node.target, "__name__", ""))
+    source, row = node.args[0] if node.args else None, STARTS.get(getattr(node.target, "__name__", ""))
     if row is None or node.target is not getattr(runtime, f"start_{row.name}") or not isinstance(source, fx.Node):
         yield f"calls {node.target}, which starts no conversion"
         return
