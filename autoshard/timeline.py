@@ -186,9 +186,9 @@ def _conversion_work(program: Program, node: fx.Node, costs: CostModel) -> Work:
     whole = costs.whole_bytes(step, known.value, before)
     ways = []
     for name, parts in ((row.forward, (known.role == "start", is_wait(node))), (row.backward, (is_wait(node), known.role == "start"))):
-        fixed, per_byte = costs.collective_terms(name, axis)
+        spent = costs.collective_s(name, axis, whole)
         stream = program.mesh.axes[axis] if name in COMMUNICATES else COMPUTE
-        task = Task("launch" if name in COMMUNICATES else "run", stream, wait.name, fixed + per_byte * whole, known.source.module)
+        task = Task("launch" if name in COMMUNICATES else "run", stream, wait.name, spent, known.source.module)
         launches, waits = parts if any(parts) else (True, True)
         found = [task] if launches and task.seconds else []
         found += [Task("wait", stream, wait.name)] if waits and task.verb == "launch" and task.seconds else []
@@ -215,16 +215,13 @@ def _op_seconds(program: Program, node: fx.Node, costs: CostModel) -> tuple[dict
     rule, equation = bound_rule(node)
     factors = [strategy.factor for strategy in facts(node).strategies] if equation is not None else []
     split = split_of(equation, factors, program.mesh.shape) if factors else 1.0
-    ways: list[dict[str, float]] = []
-    for asked in (_without_gradients(call), call):
-        values = (*asked.inputs, *asked.outputs)
-        seconds = {COMPUTE: costs.op_s(call.op, rule, equation, values, layouts, split)}
-        axes: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    axes: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
+    measured = None if axes else call  # times are measured of ops, not of their lowerings
+    once = costs.op_times(call.op, rule, equation, (*call.inputs, *call.outputs), layouts, split, measured)
+    forward, both = ({COMPUTE: once[0]}, {COMPUTE: sum(once)})
+    for asked, seconds in ((_without_gradients(call), forward), (call, both)):
         for axis, name, whole in meter(node.target.__name__, asked, layouts, axes, program.mesh) if axes else ():  # type: ignore[union-attr]
-            fixed, per_byte = costs.collective_terms(name, program.mesh.index(axis))
-            seconds[axis] = seconds.get(axis, 0.0) + fixed + per_byte * whole
-        ways.append(seconds)
-    forward, both = ways
+            seconds[axis] = seconds.get(axis, 0.0) + costs.collective_s(name, program.mesh.index(axis), whole)
     return forward, {stream: seconds - forward.get(stream, 0.0) for stream, seconds in both.items()}
 
 
