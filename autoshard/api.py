@@ -32,11 +32,14 @@ class Options:
     randomness: "per_rank": random ops draw by a seed of their own, different numbers for different pieces of a value;
     "single_device": they draw what the model on one process draws from torch's default generator, whole on every rank,
     so that losses can be compared number by number. That is slow and takes memory: for debugging.
+
+    overlap: start collectives early and wait for them late, where there is compute to hide them behind.
     """
 
     seed: int | None = None
     dump_dir: str | None = None
     randomness: Randomness = "per_rank"
+    overlap: bool = False
 
 
 def check_call(model: Any, args: Any) -> None:
@@ -76,6 +79,7 @@ def _settings(
         extra.dump_dir,
         extra.randomness,
         dynamic,
+        extra.overlap,
     )
 
 

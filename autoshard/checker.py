@@ -2,8 +2,8 @@
 
 It reads nothing of how the program was made: an op must have, on every axis, operand and result placements that are a row
 of its rule's strategies; a conversion must be a row of the table, between the layouts beside it, on a dim whose pieces do
-not interleave; what an op sums over must be zero at padding, and nothing else may be; what leaves the program must be whole
-or split. All faults are reported, not the first.
+not interleave, and in two parts only where one wait ends one start; what an op sums over must be zero at padding, and
+nothing else may be; what leaves the program must be whole or split. All faults are reported, not the first.
 """
 
 from __future__ import annotations
@@ -27,12 +27,25 @@ from autoshard.candidates import (
     settle,
     whole_strategy,
 )
-from autoshard.conversions import BY_KINDS, BY_NAME, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
+from autoshard.conversions import BY_KINDS, BY_NAME, STARTS, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
 from autoshard.equations import Equation, divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.ops.row import Rule, is_differentiable
 from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape, padded_axes
-from autoshard.program import Facts, Program, arguments, call_of, carries_gradient, draws_random, facts, op_of, producer, tensor_operands
+from autoshard.program import (
+    Facts,
+    Program,
+    arguments,
+    asked_of,
+    call_of,
+    carries_gradient,
+    draws_random,
+    facts,
+    is_wait,
+    op_of,
+    producer,
+    tensor_operands,
+)
 
 
 def check(program: Program) -> None:
@@ -101,9 +114,15 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
         yield "is called constant, and depends on a parameter or input"
     if known.role != "op" and any(facts(operand).role == "mask" for operand in node.all_input_nodes) and known.role != "mask":
         yield "reads a masked value; only an op that sums over padding may"
-    check_role = {"op": _op_faults, "conversion": _conversion_faults, "mask": _mask_faults, "projection": _projection_faults}.get(
-        known.role, _placeholder_faults
-    )
+    if known.role != "conversion" and any(facts(operand).role == "start" for operand in node.all_input_nodes):
+        yield "reads a conversion that was started and not waited for"
+    check_role = {
+        "op": _op_faults,
+        "start": _start_faults,
+        "conversion": _conversion_faults,
+        "mask": _mask_faults,
+        "projection": _projection_faults,
+    }.get(known.role, _placeholder_faults)
     yield from tie_faults(node) if known.role == "tie" else check_role(program, node, known)
 
 
@@ -143,12 +162,41 @@ def _projection_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
         yield f"is not output {index} of {source.name}"
 
 
+def _start_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
+    """What `wait` converts is judged there; here, whether the first part stands alone."""
+    source, row = node.args[0] if node.args else None, STARTS.get(getattr(node.target, "__name__", ""))
+    if row is None or node.target is not getattr(runtime, f"start_{row.name}") or not isinstance(source, fx.Node):
+        yield f"calls {node.target}, which starts no conversion"
+        return
+    if (known.values, known.layouts) != (facts(source).values, facts(source).layouts):
+        yield f"starts with another value or layout than {source.name} has"
+    waits = [user for user in node.users if facts(user).role == "conversion" and is_wait(user)]
+    if len(waits) != 1 or len(node.users) != 1:
+        yield f"is waited for {len(waits)} times and read by {len(node.users)} nodes; one wait has to end it"
+    if node.kwargs or known.value.dtype.is_complex:
+        yield "starts a conversion of complex numbers or of a dim that does not divide, which has one part alone"
+    if known.is_constant or known.recompute is not None:
+        yield "starts what is computed once or runs again"
+
+
 def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
-    source, axis_name = node.args[0], node.args[1]
-    row = BY_NAME.get(getattr(node.target, "__name__", ""))
-    if row is None or node.target is not getattr(runtime, row.name):
+    asked, name = node, getattr(node.target, "__name__", "")
+    if is_wait(node):
+        asked = asked_of(node) if node.all_input_nodes else node
+        name = asked.target.__name__.removeprefix("start_") if facts(asked).role == "start" else ""  # type: ignore[union-attr]
+        if not name or node.args != (asked,) or node.kwargs or known.recompute is not None:
+            yield f"waits for {node.args}, which is not a conversion that was started for it"
+            return
+    row = BY_NAME.get(name)
+    if row is None or (asked is node and node.target is not getattr(runtime, row.name)):
         yield f"calls {node.target}, which is not a conversion"
         return
+    if len(asked.args) < 2:
+        yield f"{row.name} is called with {asked.args}"
+        return
+    source, axis_name = asked.args[0], asked.args[1]
+    if asked is node and facts(source).role == "start":  # type: ignore[arg-type]
+        yield f"converts {source}, which was started and not waited for"
     if axis_name not in program.mesh.axes or not isinstance(source, fx.Node):
         yield f"converts on axis {axis_name!r}, which the mesh does not have"
         return
@@ -164,11 +212,11 @@ def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
         yield f"{row.name} on {axis_name} would interleave the pieces of {format_layout(before, program.mesh)}"
     else:
         expected = step_arguments(before, step, known.value.shape, program.mesh.shape)
-        if tuple(node.args[2:]) != expected:
-            yield f"{row.name} is called with {node.args[2:]}, its layouts ask {expected}"
+        if tuple(asked.args[2:]) != expected:
+            yield f"{row.name} is called with {asked.args[2:]}, its layouts ask {expected}"
         lengths = step_sizes(before, step, known.value.shape, program.mesh.shape)
-        if dict(node.kwargs) != lengths:
-            yield f"{row.name} is called with {dict(node.kwargs)}, its layouts ask {lengths}"
+        if dict(asked.kwargs) != lengths:
+            yield f"{row.name} is called with {dict(asked.kwargs)}, its layouts ask {lengths}"
 
 
 def _mask_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:

@@ -60,6 +60,8 @@ CONVERSIONS = (
 )
 PADDING = ("mask_padding", "pad_shard")  # what else emitted programs call where a dim does not divide; each rank by itself
 BY_NAME = {row.name: row for row in CONVERSIONS}
+STARTS = {f"start_{row.name}": row for row in CONVERSIONS if {row.forward, row.backward} & COMMUNICATES}  # of rows in two parts
+WAIT = "wait"  # the second part
 BY_KINDS = {(row.src, row.dst): row for row in CONVERSIONS}
 
 

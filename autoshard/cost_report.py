@@ -23,6 +23,7 @@ from autoshard.costs import CostModel, optimizer_cost, split_of
 from autoshard.equations import Equation
 from autoshard.errors import InputError
 from autoshard.ops.row import Call, Rule, TensorInfo
+from autoshard.passes.overlap_collectives import joined
 from autoshard.placements import Layout, padded_axes
 from autoshard.program import Program, call_of, facts, op_name, tensor_operands
 from autoshard.text import fold_name, human_bytes, human_seconds
@@ -319,7 +320,7 @@ class CostReport:
 
 def price(plan: Plan, program: Program | None = None) -> CostReport:
     """Price every node of `plan`, or of another `program` for the same model and mesh."""
-    program = program or plan.program
+    program = joined(program or plan.program)  # what runs in two parts costs what it does in one
     pricer = Pricer(program, CostModel(program.mesh, plan.hardware))
     rows = tuple(pricer.rows())
     return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan))

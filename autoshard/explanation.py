@@ -113,7 +113,7 @@ class Explanation:
 def explain(plan: Plan) -> Explanation:
     """Where the step time and the memory of `plan` go and why; every number is predicted, per rank and step."""
     report = plan.cost
-    communications, elsewhere_s = _communications(plan.program, report)
+    communications, elsewhere_s = _communications(report.program, report)
     padded = sum(1 for _ in plan.program.nodes("mask"))
     notes = [*plan.notes, *([f"{padded} values are masked where a dim that does not divide is summed over"] if padded else [])]
     modules = _modules(plan, report)

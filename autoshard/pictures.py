@@ -24,6 +24,7 @@ from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE
 from autoshard.costs import CostModel
 from autoshard.errors import InputError
 from autoshard.hardware import hardware_of
+from autoshard.passes.overlap_collectives import joined
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Program, arguments, facts, op_name
 from autoshard.rules import rule_of
@@ -54,10 +55,12 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
 
     level: "ops" draws every node, "modules" one layer of each kind and one node per run of light ops. costs: prices of
     the mesh (the bytes that are shown do not depend on the hardware).
+    What runs in two parts is drawn as one node.
     Raises InputError for another level.
     """
     if level not in get_args(Level):
         raise InputError(f"level={level!r} is not known; there are {', '.join(map(repr, get_args(Level)))}")
+    program = joined(program)
     homes, is_folded = _homes(program), level == "modules"
     first, copies = _fold_layers(program, homes) if is_folded else ({}, {})
     classes = _contract(program, homes, first) if is_folded else _Classes({node: node for node in program.nodes()}, first)

@@ -28,6 +28,7 @@ from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer
 from autoshard.resolving import Resolver
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
+from autoshard.timeline import Timeline, timeline_of
 from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
@@ -79,10 +80,20 @@ class Plan:
     def stats(self) -> dict[str, Any]:
         """Seconds per phase (`trace_s`, `solve_s`, `emit_s`, ...), `nodes`, `objective_s`, `bound_s`, and what a step moves.
 
-        wire_bytes_per_step: bytes that a rank sends in one forward and backward pass, by collective.
+        predicted_s: seconds of a training step on the timeline, overlap counted. wire_bytes_per_step: bytes that a rank
+        sends in one forward and backward pass, by collective.
         """
         moved = traffic(self.program, CostModel(self.mesh, self.hardware))
-        return {**self.program.stats, "nodes": len(self.program.graph.nodes), "wire_bytes_per_step": moved}
+        predicted = {"predicted_s": self.timeline().total_s, "wire_bytes_per_step": moved}
+        return {**self.program.stats, "nodes": len(self.program.graph.nodes), **predicted}
+
+    def timeline(self) -> Timeline:
+        """One predicted training step: what runs when on the compute stream and on each axis' communication stream.
+
+        `.total_s`, `.compute_s`, `.exposed_s` (by axis, seconds in which compute stands still for collectives), `.events`,
+        `.to_chrome_trace(path)`.
+        """
+        return timeline_of(self.program, CostModel(self.mesh, self.hardware))
 
     @property
     def cost(self) -> CostReport:
@@ -144,7 +155,7 @@ class Plan:
     def table(self) -> Table:
         """Parameters with shapes and layouts, equal layers in one row, and what a step communicates."""
         cost = CostModel(self.mesh, self.hardware)
-        predicted = human_seconds(self.program.stats.get("objective_s", 0.0))
+        predicted = human_seconds(self.timeline().total_s)
         title = f"{self.model_name} on {self.mesh} ({self.hardware.name}), predicted step {predicted}"
         table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("parameter", "shape", "layout"):
@@ -243,7 +254,8 @@ class Plan:
         self.check_model(model)
         asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
         dynamic = leaf_marks(self.program)
-        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, **asked)
+        overlaps = any(True for _ in self.program.nodes("start"))
+        settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, overlap=overlaps, **asked)
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)
         return sharded

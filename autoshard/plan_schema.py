@@ -17,18 +17,18 @@ import torch
 from torch import fx
 
 from autoshard import autocast, runtime
-from autoshard.conversions import BY_NAME, PADDING
+from autoshard.conversions import BY_NAME, PADDING, STARTS, WAIT
 from autoshard.errors import PlanError
 from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES, lowerings
 from autoshard.program import Facts, Role
 from autoshard.symbolic import name_fault
 
-FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *PADDING, *lowerings(), "either", "zero_gradients")}
+FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *STARTS, WAIT, *PADDING, *lowerings(), "either", "zero_gradients")}
 _KINDS = {
     "placeholder": {"parameter", "buffer", "input"},
     "output": {"output"},
-    "call_function": {"op", "conversion", "mask", "tie", "projection", "update"},
+    "call_function": {"op", "start", "conversion", "mask", "tie", "projection", "update"},
 }
 _BITWISE = {f"aten.__{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}  # ops that torch calls so
 _FACTS = {"name": str, "site": int, "is_constant": bool, "is_persistent": bool, "is_pinned": bool, "is_drawn_whole": bool}
@@ -144,8 +144,14 @@ def check_node(kind: str, target: Any, kwargs: Mapping[str, Any], known: Facts, 
     name = str(target) if is_op else target.__name__
     writes = target is torch.ops.aten.copy_.default
     is_mask = target is runtime.mask_padding
-    expected = {"projection": target is operator.getitem, "conversion": name in BY_NAME and not is_op, "mask": is_mask, "update": writes}
-    expected["tie"] = target is runtime.zero_gradients
+    expected = {
+        "projection": target is operator.getitem,
+        "start": name in STARTS and not is_op,
+        "conversion": name in (*BY_NAME, WAIT) and not is_op,
+        "mask": is_mask,
+        "tie": target is runtime.zero_gradients,
+        "update": writes,
+    }
     if known.role != "op":
         require(expected[known.role], f"a {known.role} calls {name}")
     elif known.op is None:

@@ -42,6 +42,7 @@ class Settings:
     dump_dir: str | None = None
     randomness: Randomness = "per_rank"
     dynamic: Dynamic | LeafMarks = None
+    overlap: bool = False
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
@@ -102,6 +103,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
         InsertCollectives,
         LocalizeShapes,
         NormalizeGraph,
+        OverlapCollectives,
         TraceModel,
     )
 
@@ -117,6 +119,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
         ),
         InsertCollectives(asked.hardware, is_whole),
         LocalizeShapes(),
+        OverlapCollectives(asked.hardware, asked.overlap),
         EmitPrograms(type(request.model).__name__),
     )
 

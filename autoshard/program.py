@@ -12,13 +12,14 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from autoshard import autocast, runtime
+from autoshard.conversions import BY_NAME, Conversion
 from autoshard.equations import Strategy
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import I, Layout, R
 from autoshard.symbolic import Size, Symbol, at, sizes_in
 
-Role = Literal["parameter", "buffer", "input", "op", "conversion", "mask", "tie", "projection", "update", "output"]
+Role = Literal["parameter", "buffer", "input", "op", "start", "conversion", "mask", "tie", "projection", "update", "output"]
 # A branch of torch.cond that a node stands in: the number of the cond and which of its two branches, for conds inside each
 # other the outermost first; empty outside of all.
 Branch = tuple[tuple[int, bool], ...]
@@ -211,6 +212,21 @@ def producer(node: fx.Node) -> tuple[fx.Node, int]:
 def is_sized(node: fx.Node) -> bool:
     """Whether an argument or a result of the node has a size that may change from call to call."""
     return any(True for _ in sizes_in([node.args, node.kwargs, *(value.shape for value in facts(node).values)]))
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Whether a conversion node is the second part of one that is started elsewhere."""
+    return node.target is runtime.wait
+
+
+def asked_of(node: fx.Node) -> fx.Node:
+    """The node whose target and arguments say what a conversion converts: the start of one in two parts, itself otherwise."""
+    return node.all_input_nodes[0] if is_wait(node) else node
+
+
+def row_of(node: fx.Node) -> Conversion:
+    """The row of a conversion node, or of a start."""
+    return BY_NAME[asked_of(node).target.__name__.removeprefix("start_")]  # type: ignore[union-attr]
 
 
 def source_of(node: fx.Node) -> fx.Node:

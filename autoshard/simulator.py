@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import padded_axes, shard, unshard
 from autoshard.program import Program, facts, is_of_runtime
 from autoshard.quiet_random import without_draws
-from autoshard.runtime import Collective, change_padding, cut, join, mix, pad_cut, pad_shard, seeded, trim_joined
+from autoshard.runtime import Collective, Started, change_padding, cut, join, mix, pad_cut, pad_shard, seeded, trim_joined
 
 
 class Ranks:
@@ -107,6 +107,17 @@ class SimulatedAxis:
             return x
         return Ranks(_Convert.apply(self, forward, backward, *x.values))
 
+    def start(self, x: Ranks, forward: Collective, backward: Collective) -> Started:
+        """The collective reads its operand now; all else happens at `wait`, as there is no time here."""
+        pending = [value.detach().clone() for value in x.values]
+        return Started(self, x, Ranks(self.run(forward, pending) if self.size > 1 else pending), forward, backward)  # type: ignore[arg-type]
+
+    def wait(self, started: Started) -> Ranks:
+        source, pending = (cast(Ranks, ranks) for ranks in (started.source, started.pending))
+        if self.size == 1:
+            return source
+        return Ranks(_Wait.apply(self, started.backward, len(source.values), *source.values, *pending.values))
+
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Ranks:
         leaves = [value for arg in args if isinstance(arg, Ranks) for value in arg.values]
         return Ranks(_Apply.apply(function, args, *leaves))
@@ -147,6 +158,18 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
         return None, None, None, *(grad.clone() for grad in ctx.axis.run(ctx.backward_collective, grads))
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: SimulatedAxis, backward: Collective, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.axis, ctx.backward_collective = axis, backward
+        return tuple(pending.clone() for pending in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        found = [grad.clone() for grad in ctx.axis.run(ctx.backward_collective, grads)]
+        return None, None, None, *found, *(None for _ in grads)
 
 
 class Context:
@@ -311,7 +334,8 @@ def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis]
         args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}
         result = target(*args, **kwargs)  # type: ignore[operator]
-        return Ranks(list(zip(*(part.values for part in result), strict=True))) if isinstance(result, tuple) else result
+        is_several = isinstance(result, tuple) and not isinstance(result, Started)
+        return Ranks(list(zip(*(part.values for part in result), strict=True))) if is_several else result
     if known.is_drawn_whole:
         return _run_drawn_whole(program, node, args, kwargs)
     if known.random_axes is not None and seed is None:

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from autoshard import runtime
-from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
+from autoshard.conversions import COMMUNICATES, WIRE, Step
 from autoshard.costs import CostModel
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import Layout, local_shape
-from autoshard.program import Program, call_of, facts, tensor_operands
+from autoshard.program import Program, asked_of, call_of, facts, row_of, tensor_operands
 from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
@@ -98,23 +98,27 @@ def seconds_inside(costs: CostModel, sent: Sequence[Sent]) -> float:
     return sum(costs.collective_s(name, costs.mesh.index(axis), whole) for axis, name, whole in sent)
 
 
+def sent_by(program: Program, node: fx.Node, costs: CostModel) -> list[Sent]:
+    """The collectives of one conversion node: forward, and backward where a gradient flows."""
+    known, before, row = facts(node), facts(node.args[0]).layout, row_of(node)  # type: ignore[arg-type]
+    name = str(asked_of(node).args[1])
+    axis = program.mesh.index(name)
+    whole = costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
+    return [(name, collective, whole) for collective in (row.forward, row.backward)[: 2 if known.needs_grad else 1]]
+
+
 def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
     """Bytes that a rank sends in one conversion node: forward, and backward where a gradient flows."""
-    known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
-    axis = program.mesh.index(str(node.args[1]))
-    n, row = program.mesh.shape[axis], BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-    whole = costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
-    return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
+    shape, index = program.mesh.shape, program.mesh.index
+    sent = [WIRE[name](shape[index(axis)]) * whole for axis, name, whole in sent_by(program, node, costs)]
+    return sent[0], sum(sent[1:])
 
 
 def all_sent(program: Program, costs: CostModel) -> Iterator[Sent]:
     """Every collective of one forward and backward pass of a rank; constants are converted once and not counted."""
     for node in program.nodes("conversion"):
-        known, before, axis = facts(node), facts(node.args[0]).layout, str(node.args[1])  # type: ignore[arg-type]
-        if not known.is_constant:
-            k, row = program.mesh.index(axis), BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-            whole = costs.whole_bytes(Step(k, before[k], known.layout[k]), known.value, before)
-            yield from ((axis, name, whole) for name in (row.forward, row.backward)[: 2 if known.needs_grad else 1])
+        if not facts(node).is_constant:
+            yield from sent_by(program, node, costs)
     for node in program.nodes("op"):
         yield from sent_inside(program, node)
 

@@ -7,8 +7,19 @@ from autoshard.passes.fold_constants import FoldConstants
 from autoshard.passes.insert_collectives import InsertCollectives
 from autoshard.passes.localize_shapes import LocalizeShapes
 from autoshard.passes.normalize_graph import NormalizeGraph
+from autoshard.passes.overlap_collectives import OverlapCollectives
 from autoshard.passes.trace_model import TraceModel
 
-PASSES = (TraceModel, NormalizeGraph, DrawWhole, FoldConstants, AnnotateShardings, InsertCollectives, LocalizeShapes, EmitPrograms)
+PASSES = (
+    TraceModel,
+    NormalizeGraph,
+    DrawWhole,
+    FoldConstants,
+    AnnotateShardings,
+    InsertCollectives,
+    LocalizeShapes,
+    OverlapCollectives,
+    EmitPrograms,
+)
 
 __all__ = ["PASSES", *(cls.__name__ for cls in PASSES)]

@@ -19,11 +19,11 @@ from torch import fx
 
 from autoshard.autocast import Autocast, State
 from autoshard.branches import SIDES, cond_of, number_of
-from autoshard.conversions import BY_NAME, PADDING
+from autoshard.conversions import BY_NAME, COMMUNICATES, PADDING, STARTS, WAIT
 from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout, padded_axes
-from autoshard.program import Facts, Program, facts, is_of_runtime
+from autoshard.program import Facts, Program, facts, is_of_runtime, is_wait, row_of
 from autoshard.regions import results, statistics
 from autoshard.symbolic import Real, Size, Symbol
 from autoshard.text import describe_value, short_dtype
@@ -43,7 +43,7 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
-        imported = sorted(used & {*BY_NAME, *lowerings(), *PADDING, "zero_gradients"})
+        imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -308,8 +308,13 @@ def _statement(program: Program, node: fx.Node) -> Iterator[str]:
 def _commented(text: str, known: Facts, program: Program, node: fx.Node | None = None) -> Iterator[str]:
     """A statement and what it makes; `node`: the one that it stands for."""
     comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
+    if known.role == "start" and node is not None:
+        row = row_of(node)
+        words = [f"{row.forward} starts"] if row.forward in COMMUNICATES else []
+        words += [f"backward {row.backward} ends"] if row.backward in COMMUNICATES and known.needs_grad else []
+        comment += f"   {'; '.join(words)}"
     if known.role == "conversion" and node is not None:
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+        row = row_of(node)
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
         comment += f"   {both}"
     if known.role == "mask":
@@ -339,7 +344,9 @@ def _expression(node: fx.Node, known: Facts) -> str:
         return f"{args[0]}[{args[1]}]"
     if known.role == "tie":
         return f"zero_gradients({', '.join(args)})"
-    if known.role in ("conversion", "mask"):
+    if is_wait(node):
+        return f"{WAIT}({args[0]})"
+    if known.role in ("start", "conversion", "mask"):
         sizes = [f"{key}={_value(value)}" for key, value in node.kwargs.items()]
         return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:], *sizes])})"  # type: ignore[union-attr]
     target = str(node.target)

@@ -20,7 +20,7 @@ from torch import fx
 from autoshard import runtime
 from autoshard.autocast import inside
 from autoshard.branches import drop_without_result
-from autoshard.conversions import BY_NAME
+from autoshard.conversions import BY_NAME, STARTS, WAIT
 from autoshard.embedding_bags import rewrite_bags
 from autoshard.errors import TraceError
 from autoshard.expert_regions import fuse_experts, report_experts
@@ -61,7 +61,7 @@ _FACTORIES = {
 }
 _NO_WRITING = "let the branch return a new value, and write that behind the cond"
 # What the emitted text itself calls by these names, besides the mesh axes.
-_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
+_RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *STARTS, WAIT, *lowerings()}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from autoshard.passes import AnnotateShardings, EmitPrograms, FoldConstants, Ins
 from autoshard.placements import I, Layout, R, shard
 from autoshard.program import Program, facts, native_layout, set_facts, tensor_operands
 from autoshard.runner import run_passes
+from autoshard.runtime import Started
 from autoshard.simulator import Ranks, SimulatedAxis, Simulation, run_program
 
 STEPS = 3
@@ -237,6 +238,9 @@ class _TextAxis(SimulatedAxis):
 
     def convert(self, x: Any, forward: Any, backward: Any) -> Ranks:
         return super().convert(_everywhere(x, self.mesh), forward, backward)
+
+    def start(self, x: Any, forward: Any, backward: Any) -> Started:
+        return super().start(_everywhere(x, self.mesh), forward, backward)
 
 
 def _everywhere(x: Any, mesh: MeshSpec) -> Ranks:

@@ -7,6 +7,7 @@ an op where some of its factors are split, named by rows of autoshard.ops.
 from .attention import *  # noqa: F403
 from .axes import Axis as Axis
 from .axes import Collective as Collective
+from .axes import Started as Started
 from .axes import change_padding as change_padding
 from .axes import cut as cut
 from .axes import join as join

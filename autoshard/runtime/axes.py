@@ -44,6 +44,21 @@ class Axis(NamedTuple):
             return run(forward, x, self)
         return _Convert.apply(x, self, forward, backward)
 
+    def start(self, x: Tensor, forward: Collective, backward: Collective) -> Started:
+        """Launch `forward` now; `wait` gives its result, launches `backward` on the gradient, and this start waits for that."""
+        if self.size == 1:
+            return Started(self, x, x, forward, backward)
+        source = _Start.apply(x, self, backward) if torch.is_grad_enabled() and x.requires_grad else x
+        return Started(self, source, launch(forward, pad_cut(forward, x.detach(), self.size), self), forward, backward)
+
+    def wait(self, started: Started) -> Tensor:
+        """The result of what was started."""
+        if self.size == 1:
+            return started.source
+        if torch.is_grad_enabled() and started.source.requires_grad:
+            return _Wait.apply(started.source, started.pending, self, started.forward, started.backward)
+        return finish(started.forward, started.pending, self, started.source.shape)
+
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
         """`function.apply(*args)`, for a function that communicates on its own; it has one result."""
         return function.apply(*args)
@@ -52,12 +67,12 @@ class Axis(NamedTuple):
         """Rows of x to the ranks of the axis, sent[k] of them to the k-th, received[k] from it; gradients go back the same way."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             rows = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received.tolist(), sent.tolist(), self.group)
-            return wait(rows)
+            return arrived(rows)
         return _Exchange.apply(x, self, sent, received)
 
     def maximum(self, x: Tensor) -> Tensor:
         """Elementwise maximum over the axis; no gradient."""
-        return x.detach() if self.size == 1 else wait(torch.ops._c10d_functional.all_reduce(x.detach().contiguous(), "max", self.group))
+        return x.detach() if self.size == 1 else arrived(torch.ops._c10d_functional.all_reduce(x.detach().contiguous(), "max", self.group))
 
 
 class _Convert(torch.autograd.Function):
@@ -70,6 +85,58 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None
+
+
+class Started(NamedTuple):
+    """A conversion under way. `source` is its operand, which keeps the buffer that is read alive and carries the gradient;
+    `pending` is written by the collective and may not be read before it is done."""
+
+    axis: Any
+    source: Tensor
+    pending: Tensor
+    forward: Collective
+    backward: Collective
+
+
+class _Start(torch.autograd.Function):
+    """Nothing forward; backward waits for the collective that _Wait's backward launched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, backward: Collective) -> Tensor:
+        ctx.axis, ctx.backward_collective = axis, backward
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if _is_backward_split():
+            collective, count = ctx.backward_collective, ctx.axis.size
+            grad = finish(collective, grad, ctx.axis, sent_shape(collective, grad.shape, count))
+        return grad, None, None
+
+
+class _Wait(torch.autograd.Function):
+    """Forward waits; backward launches the dual and hands on what it will write, in the shape of the finished gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, pending: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
+        ctx.axis, ctx.forward_collective, ctx.backward_collective, ctx.shape = axis, forward, backward, source.shape
+        result = finish(forward, pending, axis, source.shape)
+        return result.view_as(result) if result is pending else result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if _is_backward_split():
+            pending = launch(ctx.backward_collective, pad_cut(ctx.backward_collective, grad, ctx.axis.size), ctx.axis)
+            pending = pending if pending.shape == ctx.shape else pending.view(ctx.shape)
+            if not torch.compiler.is_compiling():
+                pending.sent = grad  # type: ignore[attr-defined]  # else autograd may add to it in place, for another branch, while it is read
+            return pending, None, None, None, None
+        return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None, None
+
+
+def _is_backward_split() -> bool:
+    """Not while gradients of gradients are recorded, nor when autograd looks for nan in tensors that are not there yet."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_anomaly_enabled())
 
 
 class _Exchange(torch.autograd.Function):
@@ -139,47 +206,74 @@ def change_padding(collective: Collective, x: Tensor, rank: int, parts: int) -> 
     return kept.contiguous() if name == "unpad" else lengthen(kept, dim, piece, is_gradient=True)
 
 
-def wait(x: Tensor) -> Tensor:
+def arrived(x: Tensor) -> Tensor:
     """The result of a functional collective, when it is there."""
     return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
     """Run one collective on this rank's tensor."""
-    return trim_joined(collective, _run(collective, pad_cut(collective, x, axis.size), axis))
+    if x.is_complex():  # backends move real numbers; the dims that are cut stay where they are
+        return torch.view_as_complex(run(collective, torch.view_as_real(x), axis))
+    x = pad_cut(collective, x, axis.size)
+    return finish(collective, launch(collective, x, axis), axis, x.shape)
 
 
-def _run(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
-    if x.is_complex():  # backends move real numbers
-        return torch.view_as_complex(_run(collective, torch.view_as_real(x), axis))
+def launch(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
+    """Start one collective on a padded tensor; what it returns may be read after `finish` alone. What stays on the rank is done at once."""
     name, dim, segments, cut_dim, cut_segments = collective[:5]
     ops = torch.ops._c10d_functional
+    if name == "all_gather":
+        return ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group)
+    if name == "reduce_scatter":
+        pieces = x.contiguous() if dim == 0 and not segments else torch.cat(cut(x, dim, segments, axis.size))
+        return ops.reduce_scatter_tensor(pieces, "sum", axis.size, axis.group)
+    if name == "all_reduce":
+        return ops.all_reduce(x.contiguous(), "sum", axis.group)
+    if name == "all_to_all":
+        sent = torch.cat([piece.flatten() for piece in cut(x, cut_dim, cut_segments, axis.size)])
+        splits = [sent.numel() // axis.size] * axis.size
+        return ops.all_to_all_single(sent, splits, splits, axis.group)
+    if name == "rotate":  # to the rank `dim` places further, round the axis
+        target, source = (axis.rank + dim) % axis.size, (axis.rank - dim) % axis.size
+        to, source_of = ([x.numel() if rank == peer else 0 for rank in range(axis.size)] for peer in (target, source))
+        return ops.all_to_all_single(x.flatten(), source_of, to, axis.group)
+    return _rearranged(collective, x, axis)
+
+
+def finish(collective: Collective, pending: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
+    """What `launch` started, when it is there. shape: of the tensor that was handed to it."""
+    name, dim, segments = collective[:3]
+    if name == "all_gather" and dim == 0 and not segments:
+        return trim_joined(collective, arrived(pending))
+    if name in ("all_gather", "all_to_all"):
+        piece = [size // axis.size if name == "all_to_all" and k == collective.cut_dim else size for k, size in enumerate(shape)]
+        return trim_joined(collective, join(arrived(pending).view(axis.size, *piece).unbind(), dim, segments))
+    if name in ("reduce_scatter", "all_reduce"):
+        return arrived(pending)
+    return arrived(pending).view(shape) if name == "rotate" else pending
+
+
+def sent_shape(collective: Collective, shape: Sequence[int], count: int) -> list[int]:
+    """The shape that a gathering collective was handed, from that of its result, where all dims divide."""
+    if collective.name not in ("all_gather", "all_to_all"):
+        return list(shape)
+    sizes = [size // count if k == collective.dim else size for k, size in enumerate(shape)]
+    return [size * count if collective.name == "all_to_all" and k == collective.cut_dim else size for k, size in enumerate(sizes)]
+
+
+def _rearranged(collective: Collective, x: Tensor, axis: Axis) -> Tensor:
+    """What a rank does by itself."""
+    name, dim, segments = collective[:3]
     if name == "identity":
         return x
     if name in ("pad", "unpad", "mask"):
         return change_padding(collective, x, axis.rank, axis.size)
-    if name == "all_gather":
-        whole = wait(ops.all_gather_into_tensor(x.contiguous(), axis.size, axis.group))
-        return whole if dim == 0 and not segments and x.dim() else join(whole.chunk(axis.size), dim, segments)
-    if name == "reduce_scatter":
-        pieces = x.contiguous() if dim == 0 and not segments else torch.cat(cut(x, dim, segments, axis.size))
-        return wait(ops.reduce_scatter_tensor(pieces, "sum", axis.size, axis.group))
-    if name == "all_reduce":
-        return wait(ops.all_reduce(x.contiguous(), "sum", axis.group))
-    if name == "all_to_all":
-        sent = torch.cat([piece.flatten() for piece in cut(x, cut_dim, cut_segments, axis.size)])
-        splits = [sent.numel() // axis.size] * axis.size
-        got = wait(ops.all_to_all_single(sent, splits, splits, axis.group)).chunk(axis.size)
-        shape = [size // axis.size if k == cut_dim else size for k, size in enumerate(x.shape)]
-        return join([piece.view(shape) for piece in got], dim, segments)
-    if name == "rotate":  # to the rank `dim` places further, round the axis
-        target, source = (axis.rank + dim) % axis.size, (axis.rank - dim) % axis.size
-        to, source_of = ([x.numel() if rank == peer else 0 for rank in range(axis.size)] for peer in (target, source))
-        return wait(ops.all_to_all_single(x.flatten(), source_of, to, axis.group)).view(x.shape)
     if name == "slice":
         return cut(x, dim, segments, axis.size)[axis.rank].clone(memory_format=torch.contiguous_format)  # a view would keep all of x
     if name == "place":
-        return join([x if rank == axis.rank else torch.zeros_like(x) for rank in range(axis.size)], dim, segments)
+        whole = join([x if rank == axis.rank else torch.zeros_like(x) for rank in range(axis.size)], dim, segments)
+        return trim_joined(collective, whole)
     if name == "keep_first":
         return x if axis.rank == 0 else torch.zeros_like(x)
     raise ValueError(f"unknown collective {name!r}")

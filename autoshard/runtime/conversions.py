@@ -20,15 +20,20 @@ ranks holding A and B (`=>` forward, `<=` backward):
 Segments are sizes along a dim that are cut each by itself; () cuts the dim as one. `size` is the global length of a dim that
 does not divide (`cut_size` of the one that all_to_all cuts): its pieces have the length ceil(size / ranks), the last is padded,
 and what is gathered is trimmed. ABC on two ranks is AB | CC as a value and AB | C0 as a gradient.
+
+What communicates can be taken apart: `s = start_all_gather(x, axis, dim)`, other work, `y = wait(s)`. Backward is the mirror image: that
+of `wait` launches the dual collective, that of `start` waits for it, so what stands between them hides both. One `wait` per start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .axes import Axis, Collective, Segments
+from .axes import Axis, Collective, Segments, Started
 
 __all__ = [
     "all_gather",
@@ -42,8 +47,17 @@ __all__ = [
     "reduce_scatter",
     "slice_invariant",
     "slice_varying",
+    "start_all_gather",
+    "start_all_gather_invariant",
+    "start_all_reduce",
+    "start_all_reduce_invariant",
+    "start_all_to_all",
+    "start_reduce_scatter",
+    "start_slice_invariant",
+    "start_vary",
     "unvary",
     "vary",
+    "wait",
 ]
 
 
@@ -121,6 +135,40 @@ def all_to_all(
     """S(dim) -> S(cut_dim)."""
     forward = Collective("all_to_all", dim, segments, cut_dim, cut_segments, size, cut_size)
     return axis.convert(x, forward, Collective("all_to_all", cut_dim, cut_segments, dim, segments, cut_size, size, is_gradient=True))
+
+
+class _Starting(NamedTuple):
+    """Stands for an axis in a conversion that is only started."""
+
+    axis: Axis
+
+    def convert(self, x: Tensor, forward: Collective, backward: Collective) -> Started:
+        return self.axis.start(x, forward, backward)
+
+
+def _start_of(conversion: Callable[..., Tensor]) -> Callable[..., Started]:
+    def start(x: Tensor, axis: Axis, *dims: Any) -> Started:
+        return conversion(x, _Starting(axis), *dims)  # type: ignore[return-value]
+
+    functools.update_wrapper(start, conversion)
+    start.__name__, start.__qualname__ = (f"start_{conversion.__name__}",) * 2
+    start.__doc__ = f"{conversion.__doc__} Only started: `wait` gives the result. Dims must divide."
+    return start
+
+
+start_all_gather = _start_of(all_gather)
+start_all_gather_invariant = _start_of(all_gather_invariant)
+start_all_reduce = _start_of(all_reduce)
+start_all_reduce_invariant = _start_of(all_reduce_invariant)
+start_all_to_all = _start_of(all_to_all)
+start_reduce_scatter = _start_of(reduce_scatter)
+start_slice_invariant = _start_of(slice_invariant)
+start_vary = _start_of(vary)
+
+
+def wait(started: Started) -> Tensor:
+    """The result of a conversion that was started."""
+    return started.axis.wait(started)
 
 
 def sum_over(x: Tensor, axes: Sequence[Axis]) -> Tensor:
