@@ -49,7 +49,8 @@ class Facts:
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
     op: the op that a lowering stands for. is_drawn_whole: a random op that every rank computes whole, from torch's default
     generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
-    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. number: what a traced
+    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. gathers_again:
+    copies of this weight that are gathered for an op are not kept for backward, which gathers them again. number: what a traced
     node computes that is no tensor but a size.
     """
 
@@ -70,6 +71,7 @@ class Facts:
     strides: tuple[int, ...] = ()
     autocast: autocast.State = ()
     recompute: int | None = None
+    gathers_again: bool = False
     number: int | float | None = None
 
     @property

@@ -106,6 +106,12 @@ def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float
     return WIRE[row.forward](n) * whole, WIRE[row.backward](n) * whole if known.needs_grad else 0.0
 
 
+def is_sent_again(node: fx.Node) -> bool:
+    """Whether what a conversion or an op sends in forward is sent once more in backward."""
+    is_repeated = facts(node).role == "conversion" and BY_NAME[node.target.__name__].is_repeated  # type: ignore[union-attr]
+    return is_repeated or facts(node).recompute is not None
+
+
 def traffic(program: Program, costs: CostModel) -> dict[str, float]:
     """Bytes that a rank sends in one forward and backward pass, by collective; constants are converted once and not counted."""
     moved: dict[str, float] = {}
@@ -117,8 +123,9 @@ def traffic(program: Program, costs: CostModel) -> dict[str, float]:
     for node in program.nodes("conversion"):
         row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
         if not facts(node).is_constant:
-            for name, count in zip((row.forward, row.backward), wire_bytes(program, node, costs), strict=True):
-                add(name, count)
+            forward, backward = wire_bytes(program, node, costs)
+            add(row.forward, forward * (2 if program.is_training and is_sent_again(node) else 1))
+            add(row.backward, backward)
     for node in program.nodes("op"):
         for axis, collective, whole in sent_inside(program, node):
             add(collective, WIRE[collective](program.mesh.shape[program.mesh.index(axis)]) * whole)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,11 @@ class Axis(NamedTuple):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return run(forward, x, self)
         return _Convert.apply(x, self, forward, backward)
+
+    def pieces_again(self, x: Tensor, result: Tensor, forward: Collective, source: Callable) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+        """`result`, which `forward` made of `x`, and what makes it again; `source(x)` is what has x again."""
+        again = source(x)
+        return [(result, lambda: run(forward, again(), self))]
 
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
         """`function.apply(*args)`, for a function that communicates on its own; it has one result."""
