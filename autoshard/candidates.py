@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
 from autoshard.conversions import without_gradient
@@ -26,13 +27,16 @@ _FEW_SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a node: its strategy on every axis, the layouts it wants and gives, its seconds and kept bytes."""
+    """One way to run a node: its strategy on every axis, the layouts it wants and gives, its seconds, forward and backward.
+
+    gathers_again: of a weight, whether backward gathers copies of it again rather than keeping them.
+    """
 
     strategies: tuple[Strategy, ...]
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
     cost_s: float
-    kept_bytes: float = 0.0
+    gathers_again: bool = False
 
 
 @dataclass
@@ -72,8 +76,7 @@ class CandidateTable:
             options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
             layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
             self._known[key] = [
-                Candidate((), (), (layout,), self._resting_s(value, layout), 4.0 * self.costs.local_bytes(value, layout))
-                for layout in layouts
+                Candidate((), (), (layout,), self._resting_s(value, layout)) for layout in layouts
             ]
         return self._known[key]
 
@@ -110,10 +113,22 @@ class CandidateTable:
             cost += self._inside_s(call, rule, factors, inputs)
             masks = masks_of(rule, equation, factors, sizes) if pads else []
             cost += sum(self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks)
-            kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
-                best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
+                best[inputs, outputs] = Candidate(joint, inputs, outputs, cost)
         return list(best.values())
+
+    def forward_s(self, node: fx.Node, candidates: Sequence[Candidate]) -> np.ndarray:
+        """f64[len(candidates)]: seconds of the forward direction of an op alone."""
+        call, (rule, equation), sizes = call_of(node), bound_rule(node), self.program.mesh.shape
+        inputs, outputs = ([replace(info, needs_grad=False) for info in infos] for infos in (call.inputs, call.outputs))
+        once = Call(call.op, call.arguments, tuple(inputs), tuple(outputs))
+        found = []
+        for candidate in candidates:
+            factors, layouts = [strategy.factor for strategy in candidate.strategies], [*candidate.inputs, *candidate.outputs]
+            split = split_of(equation, factors, sizes)
+            seconds = self.costs.op_s(call.op, rule, equation, [*inputs, *outputs], layouts, split)
+            found.append(seconds + self._inside_s(once, rule, factors, candidate.inputs))
+        return np.array(found)
 
     def _inside_s(self, call: Call, rule: Rule | None, factors: Sequence[str], inputs: Sequence[Layout]) -> float:
         """Seconds of what the op's lowering sends under this strategy."""

@@ -4,7 +4,7 @@
 
 Each inner minimum is exact. The assignments that the best multiplier gives are either over the budget or within it; where
 layers are alike they differ in all of them at once. `_cross` takes the one up to some variable and the other from there
-on, `_shrink` the cheapest single changes, and `descend` ends both: the gap to the bound is then that of about one variable.
+on, and `descend` ends it: the gap to the bound is then that of about one variable.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def solve_under_budget(model: Model, cheap: Solution, budget: float, limit: floa
         if reaches(run.objective_s, priced.total(over.choices)):
             break
         over, within = (run, within) if model.bytes_of(run.choices) > budget else (over, run)
-    starts = [within.choices, _shrink(model, over.choices, budget), *_cross(model, over.choices, within.choices, budget)]
-    ends = [descend(model, start, budget) for start in sorted((start for start in starts if start), key=model.total)[:2]]
-    cost, choices = min((model.total(end), end) for end in ends)
+    start = min([list(within.choices), *_cross(model, over.choices, within.choices, budget)], key=model.total)
+    disputed = [v for v, (a, b) in enumerate(zip(over.choices, within.choices, strict=True)) if a != b]
+    choices = descend(model, start, budget, disputed)
+    cost = model.total(choices)
     largest, distinct = max(r.largest_table for r in runs), sum(r.distinct_eliminations for r in runs)
     return Solution(tuple(choices), cost, cost if reaches(bound, cost) else bound, model.bytes_of(choices), largest, distinct)
 
@@ -95,22 +96,3 @@ def _cross(model: Model, over: Sequence[int], within: Sequence[int], budget: flo
                 if v == place:
                     break
             yield crossed
-
-
-def _shrink(model: Model, choices: Sequence[int], budget: float) -> list[int]:
-    """Change one variable at a time, the least seconds per byte saved first, until the budget holds; [] if stuck."""
-    choices, stale = list(choices), set(range(len(choices)))
-    options: dict[int, tuple[float, int, int]] = {}  # of each variable: its best price, itself, the choice to take
-    held = model.bytes_of(choices)
-    while held > budget:
-        for v in sorted(stale):
-            cost, memory = model.moves((v,), choices)
-            saved = memory[choices[v]] - memory
-            price = np.divide(cost - cost[choices[v]], saved, where=saved > 0.0, out=np.full(len(cost), math.inf))
-            options[v] = float(price.min()), v, int(price.argmin())
-        least, v, target = min(options.values())
-        if least == math.inf:
-            return []
-        choices[v], stale = target, {v, *model.neighbours(v)}
-        held = model.bytes_of(choices)
-    return choices

@@ -40,7 +40,7 @@ class Solution:
 def minimise(model: Model, limit: float) -> Solution:
     """Least total of `model`, in its own indices; when a message is over the limit, an assignment and a bound."""
     model = replace(model, pool=Pool(model.pool))
-    run = Elimination(model.pool, len(model.domains), list(model.costs.items()), limit)
+    run = Elimination(model.pool, len(model.domains), list(model.costs.items()), limit, model.blocks)
     choices = _improve(model, run.choices()) if run.is_split else run.choices()
     value = model.total(choices)
     bound = run.bound if run.is_split and not reaches(run.bound, value) else value
@@ -59,13 +59,22 @@ def _improve(model: Model, choices: list[int]) -> list[int]:
     return descend(model, choices)
 
 
-def descend(model: Model, choices: Sequence[int], budget: float = math.inf) -> list[int]:
-    """Re-optimise one variable, or two that share a small table, within the budget, until no such change helps."""
+def descend(model: Model, choices: Sequence[int], budget: float = math.inf, variables: Sequence[int] | None = None) -> list[int]:
+    """Re-optimise one variable, or two that share a small table, within the budget, until no such change helps.
+
+    variables: those that may change; all when not given.
+    """
     choices, slack, is_better = list(choices), budget - model.bytes_of(choices), True
-    small = [scope for scope, table in model.costs.items() if len(scope) == 2 and model.pool[table].size <= BLOCK_ENTRIES]
+    free = range(len(choices)) if variables is None else variables
+    among = set(free)
+    small = [
+        scope
+        for scope, table in model.costs.items()
+        if len(scope) == 2 and among.issuperset(scope) and model.pool[table].size <= BLOCK_ENTRIES
+    ]
     while is_better:
         is_better = False
-        for scope in [*((v,) for v in range(len(choices))), *small]:
+        for scope in [*((v,) for v in free), *small]:
             cost, memory = model.moves(scope, choices)
             now = tuple(choices[v] for v in scope)
             extra = memory - memory[now]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,12 +37,14 @@ class Problem:
     pairs: ascending scope of two or three variables to f64[|u|, |v|(, |w|)], seconds; inf forbids the combination.
     memory_bytes: per variable, f64[|v|]; None when there is no budget to keep.
     pair_bytes: bytes of combinations, by scopes of `pairs`; scopes that are missing take none.
+    blocks: disjoint sets of variables that repeat, in order: a hint of what to eliminate together.
     """
 
     costs: tuple[np.ndarray, ...]
     pairs: Mapping[Scope, np.ndarray]
     memory_bytes: tuple[np.ndarray, ...] | None = None
     pair_bytes: Mapping[Scope, np.ndarray] = field(default_factory=dict)
+    blocks: tuple[Scope, ...] = ()
 
 
 def reaches(bound: float, value: float) -> bool:
@@ -86,6 +89,7 @@ class Model:
     domains: list[np.ndarray]
     costs: dict[Scope, int]
     memory: dict[Scope, int]
+    blocks: tuple[Scope, ...] = ()
 
     @functools.cached_property
     def scopes_of(self) -> list[list[Scope]]:
@@ -162,7 +166,15 @@ def load(problem: Problem, has_budget: bool) -> Model:
             memory[scope] = intern(f"pair_bytes[{', '.join(map(str, scope))}]", problem.pair_bytes[scope], *shape)
     for v, table in enumerate(problem.memory_bytes or () if has_budget else ()):
         memory[v,] = intern(f"memory_bytes[{v}]", table, sizes[v])
-    return Model(pool, [np.arange(size) for size in sizes], costs, {scope: t for scope, t in memory.items() if pool[t].any()})
+    return Model(pool, [np.arange(size) for size in sizes], costs, {scope: t for scope, t in memory.items() if pool[t].any()}, _inner(problem))
+
+
+def _inner(problem: Problem) -> tuple[Scope, ...]:
+    """Blocks without the variables through which one meets another: of two that share a table, the earlier one."""
+    block_of = {v: k for k, block in enumerate(problem.blocks) for v in block}
+    pairs = ((u, v) for scope in problem.pairs for u, v in itertools.combinations(scope, 2) if u in block_of and v in block_of)
+    shared = {u for u, v in pairs if block_of[u] != block_of[v]}
+    return tuple(inner for block in problem.blocks if (inner := tuple(v for v in block if v not in shared)))
 
 
 def prune(model: Model) -> Model:

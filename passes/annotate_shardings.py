@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import fx
 
+from autoshard.budget import fit
+from autoshard.budget_space import What, memory_of_plan
 from autoshard.candidates import Candidate, bound_rule
 from autoshard.constraints import Pin, Template, pins_of, template_constraints
 from autoshard.costs import CostModel
-from autoshard.errors import BudgetError, ConstraintError
+from autoshard.errors import ConstraintError
 from autoshard.hardware import Hardware
 from autoshard.placements import Layout
 from autoshard.program import Program, draws_random, facts, native_layout, op_name, producer, tensor_operands
-from autoshard.search_space import SearchSpace, Value
+from autoshard.search_space import SearchSpace
+from autoshard.segments import Segment
 from autoshard.solver import InfeasibleError, Problem, Solution, solve
+from autoshard.text import human_bytes
 
 _ENTRIES_OF_A_RANDOM_PLAN = 2**18
 
@@ -28,8 +32,9 @@ class AnnotateShardings:
     """Solve for the least predicted step time.
 
     constraints: layout by name pattern (autoshard.constraints). fixed_parameters: layouts that parameters already have.
-    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and activations kept for
-    backward. seed: draw random prices instead of real ones, which makes a random sound plan.
+    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and what autograd keeps for
+    backward; where the fastest plan is over it, weights may be gathered again and layers run again in backward
+    (autoshard.budget). seed: draw random prices instead of real ones, which makes a random sound plan.
     Raises ConstraintError, BudgetError.
     """
 
@@ -51,23 +56,38 @@ class AnnotateShardings:
         try:
             solution = self._solve(problem)
         except InfeasibleError as error:
-            if "budget" in str(error):
-                raise BudgetError(
-                    f"no plan on {program.mesh} fits: {error}; use more ranks on the axes that split, or a larger budget"
-                ) from error
             raise ConstraintError(self._conflict(program)) from error
-        program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(order), "largest_table": solution.largest_table}
-        program.stats |= {"objective_s": solution.objective_s, "bound_s": solution.bound_s, "kept_bytes": solution.memory_bytes}
-        _write(program, space, dict(zip(order, solution.choices, strict=True)))
+        choice: Mapping[What, int] = dict(zip(order, solution.choices, strict=True))
+        kept_bytes = memory_of_plan(space, choice)  # type: ignore[arg-type]
+        if self.memory_budget_bytes is not None and kept_bytes > self.memory_budget_bytes:
+            fitted = fit(space, self.memory_budget_bytes)
+            space, choice, solution, kept_bytes = fitted.space.space, fitted.choice, fitted.solution, fitted.kept_bytes
+            program.stats["build_s"] += fitted.build_s
+            started += fitted.build_s
+            _mark_repeated(program, fitted.repeated)
+        program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(choice), "largest_table": solution.largest_table}
+        program.stats |= {"objective_s": solution.objective_s, "bound_s": solution.bound_s, "kept_bytes": kept_bytes}
+        program.stats["gap"] = solution.objective_s / max(solution.bound_s, 1e-30) - 1
+        _write(program, space, choice)
         _report(program, space, solution, self.seed is not None)
+        self._warn(program, kept_bytes)
         return program
 
     def _solve(self, problem: Problem) -> Solution:
-        """The best choices. Of random prices any choices do: tables stay small then, unless that finds none."""
+        """The best choices without a budget. Of random prices any choices do: tables stay small then, unless that finds none."""
         if self.seed is not None:
             with contextlib.suppress(InfeasibleError):
-                return solve(problem, self.memory_budget_bytes, max_table_entries=_ENTRIES_OF_A_RANDOM_PLAN)
-        return solve(problem, self.memory_budget_bytes)
+                return solve(problem, max_table_entries=_ENTRIES_OF_A_RANDOM_PLAN)
+        return solve(problem)
+
+    def _warn(self, program: Program, kept_bytes: float) -> None:
+        """Say when a plan that nobody limited does not fit the device."""
+        available = self.hardware.memory_bytes
+        if self.memory_budget_bytes is None and program.is_training and kept_bytes > available:
+            program.note(
+                f"a rank keeps {human_bytes(kept_bytes)} by prediction, a device of hardware {self.hardware.name!r} has "
+                f"{human_bytes(available)}; memory_budget_bytes={0.9 * available:.3g} searches for a plan that fits"
+            )
 
     def _pins(self, program: Program, constraints: Mapping[str, str]) -> dict[fx.Node, list[Pin]]:
         pins = pins_of(program, constraints)
@@ -96,13 +116,23 @@ class AnnotateShardings:
         return f"no plan on {program.mesh} satisfies these constraints together: {shown}. Drop or change one of them."
 
 
-def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value, int]) -> None:
+def _mark_repeated(program: Program, segments: Sequence[Segment]) -> None:
+    """Number the regions that backward runs again, behind those that the model has."""
+    number = max((facts(node).recompute or 0 for node in program.nodes()), default=0)
+    for segment in segments:
+        number += 1
+        nodes = set(segment.nodes)
+        for node in (*segment.nodes, *(n for n in program.nodes("projection") if producer(n)[0] in nodes)):
+            facts(node).recompute = number
+
+
+def _write(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> None:
     """Record the chosen strategies and layouts on the nodes."""
     for node in program.graph.nodes:
         known = facts(node)
         if node in space.domains or node in space.chosen:
             chosen: Candidate = space.domains[node][choice[node]] if node in space.domains else space.chosen[node]
-            known.strategies, known.layouts = chosen.strategies, chosen.outputs
+            known.strategies, known.layouts, known.gathers_again = chosen.strategies, chosen.outputs, chosen.gathers_again
         elif known.role in ("input", "buffer"):
             known.layouts = known.layouts or (native_layout(program.mesh.ndim, known.needs_grad),)
     for node in program.nodes("projection"):
@@ -130,5 +160,6 @@ def _report(program: Program, space: SearchSpace, solution: Solution, is_random:
         )
     if not solution.is_exact and not is_random:
         program.note(
-            f"the plan is within {(solution.objective_s / max(solution.bound_s, 1e-12) - 1) * 100:.1f} % of the best possible (proven)"
+            f"the predicted step is within {100 * program.stats['gap']:.2g} % of the best possible (proven, of plans in which every value "
+            "has one layout that its readers share)"
         )

@@ -1,0 +1,67 @@
+"""Segments: parts of the model that backward may run again instead of keeping what they hold; the repeated layers.
+
+A layer is a module that a list holds (`layers.3`, `h.0`), at the innermost level whose members have enough ops to be worth
+it: blocks rather than stages, and rather than the three modules of a block's MLP. Each unbroken run of ops of one layer is
+a segment, so a layer that is called twice gives two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import fx
+
+from autoshard.program import Program, facts
+from autoshard.regions import statistics
+
+_FEWEST_OPS = 6  # with a gradient, on average of the members of a list: below, keeping the input costs about as much
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One layer, or one call of it: `path` of the module, and its nodes in order."""
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+
+def find_segments(program: Program) -> list[Segment]:
+    """Segments of a normalised program, in order. What the model itself checkpoints is none, nor what reads a buffer that it writes."""
+    ops = [node for node in program.nodes("op") if not facts(node).is_constant]
+    runs: dict[str, list[list[fx.Node]]] = {}  # of every path that ends in a number
+    open_paths: set[str] = set()
+    for node in ops:
+        own = set(_numbered(facts(node).source.module)) if facts(node).recompute is None else set()
+        for path in own:
+            if path not in open_paths:
+                runs.setdefault(path, []).append([])
+            runs[path][-1].append(node)
+        open_paths = own
+    lists: dict[str, list[int]] = {}
+    for path, parts in runs.items():
+        lists.setdefault(re.sub(r"\b\d+\b", "*", path), []).extend(sum(facts(node).needs_grad for node in part) for part in parts)
+    worth = {pattern for pattern, counts in lists.items() if sum(counts) >= _FEWEST_OPS * len(counts)}
+    inner = {pattern for pattern in worth if any(other.startswith(pattern + ".") for other in worth)}
+    found = [
+        Segment(path, tuple(part)) for path, parts in runs.items() if re.sub(r"\b\d+\b", "*", path) in worth - inner for part in parts
+    ]
+    place = {node: k for k, node in enumerate(ops)}
+    return sorted((segment for segment in found if _may_run_again(segment)), key=lambda segment: place[segment.nodes[0]])
+
+
+def _numbered(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: k + 1]) for k, part in enumerate(parts) if part.isdigit()]
+
+
+def _may_run_again(segment: Segment) -> bool:
+    """Whether some op has a gradient, and no buffer is read that the model writes otherwise than as running statistics."""
+    if not any(facts(node).needs_grad for node in segment.nodes):
+        return False
+    for node in segment.nodes:
+        for buffer in (operand for operand in node.all_input_nodes if facts(operand).role == "buffer"):
+            is_written = any(facts(user).role == "update" or buffer in statistics(user) for user in buffer.users)
+            if is_written and buffer not in statistics(node):
+                return False
+    return True
