@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from autoshard.budget_space import BudgetSpace, What
 from autoshard.errors import BudgetError
@@ -44,7 +47,7 @@ def fit(space: SearchSpace, budget_bytes: float) -> Fitted:
     build_s = time.perf_counter() - started
     allowed = budget_bytes - wider.fixed_bytes()
     try:
-        solution = _solve_with_reserve(wider, problem, allowed)
+        solution = _search(wider, problem, allowed)
     except InfeasibleError as error:
         if error.least_bytes is None:
             raise
@@ -53,23 +56,47 @@ def fit(space: SearchSpace, budget_bytes: float) -> Fitted:
     return Fitted(wider, dict(zip(wider.order, solution.choices, strict=True)), solution, held, build_s)
 
 
-def _solve_with_reserve(space: BudgetSpace, problem: Problem, allowed: float) -> Solution:
-    """Room for the largest segment that runs again is only known of a plan: it is set aside, and the search repeated.
+def _search(space: BudgetSpace, problem: Problem, allowed: float) -> Solution:
+    """The best plan that leaves room for what backward holds while it runs a segment again.
 
-    The bound is that of the first search, which sets nothing aside: it holds for every plan.
+    How much that is, only a plan tells. Where the first one leaves too little, it is set aside and the search repeated, and
+    plans that run nothing again are searched too. The bound is that of the first search: it holds for all of them.
     """
-    solution = solve(problem, allowed)
-    bound_s, reserve = solution.bound_s, 0.0
+    first = solve(problem, allowed)
+    if first.memory_bytes + space.running_again(problem, first.choices) <= allowed:
+        return first
+    found: list[Solution] = []
+    least: list[float] = []
+    for search in (_run_nothing_again, _solve_with_reserve):
+        try:
+            found.append(search(space, problem, allowed, first))
+        except InfeasibleError as error:
+            least += [] if error.least_bytes is None else [error.least_bytes]
+    if not found:
+        raise InfeasibleError("no plan was found that leaves room for the segments it runs again", min(least, default=None))
+    best = min(found, key=lambda solution: solution.objective_s)
+    return replace(best, bound_s=min(first.bound_s, best.objective_s))
+
+
+def _run_nothing_again(space: BudgetSpace, problem: Problem, allowed: float, first: Solution) -> Solution:
+    """The best plan whose segments all run once."""
+    kept = np.array([0.0, math.inf])
+    costs = tuple(kept if isinstance(what, Segment) else cost for what, cost in zip(space.order, problem.costs, strict=True))
+    return solve(replace(problem, costs=costs), allowed)
+
+
+def _solve_with_reserve(space: BudgetSpace, problem: Problem, allowed: float, first: Solution) -> Solution:
+    """A plan that fits with what its largest segment holds, which grows from the one of `first`."""
+    solution, reserve = first, 0.0
     for _ in range(_RESERVES):
         needed = space.running_again(problem, solution.choices)
         if solution.memory_bytes + needed <= allowed:
-            return replace(solution, bound_s=min(bound_s, solution.objective_s))
+            return solution
         reserve = max(needed, reserve * 1.02)
         try:
             solution = solve(problem, allowed - reserve)
         except InfeasibleError as error:
-            least = None if error.least_bytes is None else error.least_bytes + reserve
-            raise InfeasibleError(str(error), least) from error
+            raise InfeasibleError(str(error), None if error.least_bytes is None else error.least_bytes + reserve) from error
     raise InfeasibleError("no plan was found that leaves room for the segments it runs again", solution.memory_bytes + reserve)
 
 
@@ -78,7 +105,7 @@ def _too_small(space: BudgetSpace, problem: Problem, budget_bytes: float, least_
     enough = least_bytes
     for _ in range(_RESERVES):
         try:
-            lean = _solve_with_reserve(space, problem, enough)
+            lean = _search(space, problem, enough)
             break
         except InfeasibleError as error:
             enough = 1.02 * max(enough, error.least_bytes or 0.0)

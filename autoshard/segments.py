@@ -1,8 +1,8 @@
 """Segments: parts of the model that backward may run again instead of keeping what they hold; the repeated layers.
 
-A layer is a module that a list holds (`layers.3`, `h.0`), at the innermost level whose members have enough ops to be worth
-it: blocks rather than stages, and rather than the three modules of a block's MLP. Each unbroken run of ops of one layer is
-a segment, so a layer that is called twice gives two.
+A layer is a module that a list holds (`layers.3`, `h.0`), at the innermost level that still holds most of the ops: blocks
+rather than stages, and rather than the experts of a block. Each unbroken run of ops of one layer is a segment, so a layer
+that is called twice gives two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import fx
 from autoshard.program import Program, facts
 from autoshard.regions import statistics
 
-_FEWEST_OPS = 6  # with a gradient, on average of the members of a list: below, keeping the input costs about as much
+_FEWEST_OPS = 4  # with a gradient, on average of the members of a list: below, keeping the input costs about as much
+_MOST = 0.8  # share of a list's ops that the lists inside it must hold to stand for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +42,13 @@ def find_segments(program: Program) -> list[Segment]:
     lists: dict[str, list[int]] = {}
     for path, parts in runs.items():
         lists.setdefault(re.sub(r"\b\d+\b", "*", path), []).extend(sum(facts(node).needs_grad for node in part) for part in parts)
-    worth = {pattern for pattern, counts in lists.items() if sum(counts) >= _FEWEST_OPS * len(counts)}
-    inner = {pattern for pattern in worth if any(other.startswith(pattern + ".") for other in worth)}
-    found = [
-        Segment(path, tuple(part)) for path, parts in runs.items() if re.sub(r"\b\d+\b", "*", path) in worth - inner for part in parts
-    ]
+    held = {pattern: sum(counts) for pattern, counts in lists.items() if sum(counts) >= _FEWEST_OPS * len(counts)}
+    chosen: set[str] = set()
+    for pattern in sorted(held, key=len):  # from outside in
+        outer = {other for other in chosen if pattern.startswith(other + ".")}
+        if all(held[pattern] >= _MOST * held[other] for other in outer):
+            chosen = chosen - outer | {pattern}
+    found = [Segment(path, tuple(part)) for path, parts in runs.items() if re.sub(r"\b\d+\b", "*", path) in chosen for part in parts]
     place = {node: k for k, node in enumerate(ops)}
     return sorted((segment for segment in found if _may_run_again(segment)), key=lambda segment: place[segment.nodes[0]])
 
