@@ -1,4 +1,4 @@
-"""Fit a plan into a memory budget: layouts, re-gathered weights and repeated segments from one search."""
+"""Fit a plan into a memory budget: layouts, re-gathered weights and repeated layers from one search."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from autoshard.budget_space import BudgetSpace, What
 from autoshard.errors import BudgetError
+from autoshard.layers import Layer
 from autoshard.search_space import SearchSpace
-from autoshard.segments import Segment
 from autoshard.solver import InfeasibleError, Problem, Solution, solve
 from autoshard.text import human_bytes, human_seconds
 
@@ -30,15 +30,15 @@ class Fitted:
     build_s: float
 
     @property
-    def repeated(self) -> list[Segment]:
-        """Segments that backward runs again, in order."""
-        return [segment for segment in self.space.segments if self.choice[segment] == 1]
+    def repeated(self) -> list[Layer]:
+        """Layers that backward runs again, in order."""
+        return [layer for layer in self.space.layers if self.choice[layer] == 1]
 
 
 def fit(space: SearchSpace, budget_bytes: float) -> Fitted:
     """The fastest plan of at most `budget_bytes` per rank that the search finds, with a proven bound.
 
-    Counted are parameters with gradients and optimizer state, what autograd keeps, and the largest segment that is run
+    Counted are parameters with gradients and optimizer state, what autograd keeps, and the largest layer that is run
     again, which is whole while backward is in it. Raises BudgetError, which says the smallest budget that works.
     """
     started = time.perf_counter()
@@ -57,7 +57,7 @@ def fit(space: SearchSpace, budget_bytes: float) -> Fitted:
 
 
 def _search(space: BudgetSpace, problem: Problem, allowed: float) -> Solution:
-    """The best plan that leaves room for what backward holds while it runs a segment again.
+    """The best plan that leaves room for what backward holds while it runs a layer again.
 
     How much that is, only a plan tells. Where the first one leaves too little, it is set aside and the search repeated, and
     plans that run nothing again are searched too. The bound is that of the first search: it holds for all of them.
@@ -73,20 +73,20 @@ def _search(space: BudgetSpace, problem: Problem, allowed: float) -> Solution:
         except InfeasibleError as error:
             least += [] if error.least_bytes is None else [error.least_bytes]
     if not found:
-        raise InfeasibleError("no plan was found that leaves room for the segments it runs again", min(least, default=None))
+        raise InfeasibleError("no plan was found that leaves room for the layers it runs again", min(least, default=None))
     best = min(found, key=lambda solution: solution.objective_s)
     return replace(best, bound_s=min(first.bound_s, best.objective_s))
 
 
 def _run_nothing_again(space: BudgetSpace, problem: Problem, allowed: float, first: Solution) -> Solution:
-    """The best plan whose segments all run once."""
+    """The best plan whose layers all run once."""
     kept = np.array([0.0, math.inf])
-    costs = tuple(kept if isinstance(what, Segment) else cost for what, cost in zip(space.order, problem.costs, strict=True))
+    costs = tuple(kept if isinstance(what, Layer) else cost for what, cost in zip(space.order, problem.costs, strict=True))
     return solve(replace(problem, costs=costs), allowed)
 
 
 def _solve_with_reserve(space: BudgetSpace, problem: Problem, allowed: float, first: Solution) -> Solution:
-    """A plan that fits with what its largest segment holds, which grows from the one of `first`."""
+    """A plan that fits with what its largest layer holds, which grows from the one of `first`."""
     solution, reserve = first, 0.0
     for _ in range(_RESERVES):
         needed = space.running_again(problem, solution.choices)
@@ -97,7 +97,7 @@ def _solve_with_reserve(space: BudgetSpace, problem: Problem, allowed: float, fi
             solution = solve(problem, allowed - reserve)
         except InfeasibleError as error:
             raise InfeasibleError(str(error), None if error.least_bytes is None else error.least_bytes + reserve) from error
-    raise InfeasibleError("no plan was found that leaves room for the segments it runs again", solution.memory_bytes + reserve)
+    raise InfeasibleError("no plan was found that leaves room for the layers it runs again", solution.memory_bytes + reserve)
 
 
 def _too_small(space: BudgetSpace, problem: Problem, budget_bytes: float, least_bytes: float) -> str:

@@ -47,6 +47,7 @@ class CandidateTable:
     costs: CostModel
     segmentations: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     _known: dict[object, list[Candidate]] = field(default_factory=dict)
+    _sent: dict[object, tuple[Call, list[tuple[int, str, int]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.segmentations = find_segmentations(self.program)
@@ -75,9 +76,7 @@ class CandidateTable:
             splits = [S(dim, segments) for dim, size in enumerate(value.shape) for segments in ((), *self._equal_segments(size))]
             options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
             layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
-            self._known[key] = [
-                Candidate((), (), (layout,), self._resting_s(value, layout)) for layout in layouts
-            ]
+            self._known[key] = [Candidate((), (), (layout,), self._resting_s(value, layout)) for layout in layouts]
         return self._known[key]
 
     def _resting_s(self, value: TensorInfo, layout: Layout) -> float:
@@ -135,7 +134,16 @@ class CandidateTable:
         axes = lowered_axes(rule, factors, self.program.mesh.axes)
         if not axes or rule is None or rule.lowering is None:
             return 0.0
-        return seconds_inside(self.costs, meter(rule.lowering.function, call, inputs, axes, self.program.mesh))
+        # What is sent depends on local shapes and on the sizes of axes; which axes they are is put in afterwards.
+        mesh = self.program.mesh
+        used = list(dict.fromkeys(axis for names in axes.values() for axis in names))
+        pattern = tuple((keyword, tuple(used.index(axis) for axis in names)) for keyword, names in axes.items())
+        local = tuple(local_shape(info.shape, layout, mesh.shape) for info, layout in zip(call.inputs, inputs, strict=False))
+        key = (id(call), local, pattern, tuple(mesh.shape[mesh.index(axis)] for axis in used))
+        if key not in self._sent:
+            found = meter(rule.lowering.function, call, inputs, axes, mesh)
+            self._sent[key] = call, [(used.index(axis), name, whole) for axis, name, whole in found]
+        return seconds_inside(self.costs, [(used[k], name, whole) for k, name, whole in self._sent[key][1]])
 
 
 def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -30,6 +30,7 @@ from autoshard.program import Program, facts, native_layout, producer, tensor_op
 from autoshard.solver import Problem
 
 Value = tuple[fx.Node, int]  # a producing node and the number of its output
+_MANY_LAYOUTS = 200  # of one value: above (on three axes), it is offered in one layout only
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,9 @@ class SearchSpace:
                 seen[want] = seen.get(want, 0) + 1
         shared = [want for want, count in seen.items() if count > 1 and P not in want]
         alone = dict.fromkeys([*natives, *shared])
-        both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
+        both = []
+        if len(alone) <= _MANY_LAYOUTS:
+            both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
         return [*map(Supply, alone), *both]
 
     def _is_worth_both(self, native: Layout, hub: Layout, info: TensorInfo) -> bool:
@@ -216,7 +219,7 @@ class SearchSpace:
         order: list[fx.Node | Value] = [*self.domains, *self.supplies]
         index = {what: k for k, what in enumerate(order)}
         costs = [self.unary(what) for what in order]
-        pairs: dict[tuple[int, int], np.ndarray] = {}
+        pairs: dict[tuple[int, ...], np.ndarray] = {}
 
         def add(a: int, b: int, matrix: np.ndarray) -> None:
             key, oriented = ((a, b), matrix) if a < b else ((b, a), self._transposed(matrix))
@@ -236,7 +239,8 @@ class SearchSpace:
 
     def at(self, choice: Mapping[fx.Node | Value, int]) -> SearchSpace:
         """The space of one plan: every variable has the choice that it took."""
-        new, single = copy.copy(self), {}
+        new = copy.copy(self)
+        single: dict[tuple[int, int], list] = {}
 
         def only(options: list, k: int) -> list:
             return single.setdefault((id(options), k), [options[k]])  # equal layers share lists, and so tables

@@ -153,7 +153,7 @@ def load(problem: Problem, has_budget: bool) -> Model:
         return known[id(table)][1]
 
     for scope in problem.pairs:
-        if not all(0 <= u < v < len(sizes) for u, v in zip(scope, scope[1:], strict=False)) or len(scope) < 2:
+        if not all(0 <= u < v < len(sizes) for u, v in itertools.pairwise(scope)) or len(scope) < 2:
             raise ValueError(f"pair {scope} is not 0 <= u < v < {len(sizes)}")
     if not problem.pair_bytes.keys() <= problem.pairs.keys():
         raise ValueError(f"pair_bytes has scopes that pairs does not: {sorted(problem.pair_bytes.keys() - problem.pairs.keys())[:3]}")
@@ -166,7 +166,9 @@ def load(problem: Problem, has_budget: bool) -> Model:
             memory[scope] = intern(f"pair_bytes[{', '.join(map(str, scope))}]", problem.pair_bytes[scope], *shape)
     for v, table in enumerate(problem.memory_bytes or () if has_budget else ()):
         memory[v,] = intern(f"memory_bytes[{v}]", table, sizes[v])
-    return Model(pool, [np.arange(size) for size in sizes], costs, {scope: t for scope, t in memory.items() if pool[t].any()}, _inner(problem))
+    return Model(
+        pool, [np.arange(size) for size in sizes], costs, {scope: t for scope, t in memory.items() if pool[t].any()}, _inner(problem)
+    )
 
 
 def _inner(problem: Problem) -> tuple[Scope, ...]:

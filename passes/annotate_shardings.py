@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import fx
 
 from autoshard.budget import fit
-from autoshard.budget_space import What, memory_of_plan
+from autoshard.budget_space import What, blocks_of, memory_of_plan
 from autoshard.candidates import Candidate, bound_rule
 from autoshard.constraints import Pin, Template, pins_of, template_constraints
 from autoshard.costs import CostModel
 from autoshard.errors import ConstraintError
 from autoshard.hardware import Hardware
+from autoshard.layers import Layer, find_layers
 from autoshard.placements import Layout
 from autoshard.program import Program, draws_random, facts, native_layout, op_name, producer, tensor_operands
 from autoshard.search_space import SearchSpace
-from autoshard.segments import Segment
 from autoshard.solver import InfeasibleError, Problem, Solution, solve
 from autoshard.text import human_bytes
 
@@ -51,6 +51,7 @@ class AnnotateShardings:
         pins = self._pins(program, self.constraints)
         space = self._space(program, pins)
         problem, order = space.problem()
+        problem = replace(problem, blocks=blocks_of(space, order, find_layers(program)))
         program.stats["build_s"] = time.perf_counter() - started
         started = time.perf_counter()
         try:
@@ -116,13 +117,13 @@ class AnnotateShardings:
         return f"no plan on {program.mesh} satisfies these constraints together: {shown}. Drop or change one of them."
 
 
-def _mark_repeated(program: Program, segments: Sequence[Segment]) -> None:
+def _mark_repeated(program: Program, layers: Sequence[Layer]) -> None:
     """Number the regions that backward runs again, behind those that the model has."""
     number = max((facts(node).recompute or 0 for node in program.nodes()), default=0)
-    for segment in segments:
+    for layer in layers:
         number += 1
-        nodes = set(segment.nodes)
-        for node in (*segment.nodes, *(n for n in program.nodes("projection") if producer(n)[0] in nodes)):
+        nodes = set(layer.nodes)
+        for node in (*layer.nodes, *(n for n in program.nodes("projection") if producer(n)[0] in nodes)):
             facts(node).recompute = number
 
 

@@ -122,9 +122,7 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
     kwargs: dict[str, Any] = step_sizes(known.layout, step, known.value.shape, program.mesh.shape)
     stem = known.name if known.role == "conversion" else node.name
-    new = program.graph.create_node(
-        "call_function", getattr(runtime, row.name), (node, axis, *args), kwargs, name=f"{stem}_{row.name}"
-    )
+    new = program.graph.create_node("call_function", getattr(runtime, row.name), (node, axis, *args), kwargs, name=f"{stem}_{row.name}")
     again = known.gathers_again  # of every copy that is made on the way
     set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant, gathers_again=again))
     return new

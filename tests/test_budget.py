@@ -27,11 +27,12 @@ from autoshard.conversions import BY_NAME
 from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, PlacementError
 from autoshard.hardware import hardware_of
+from autoshard.layers import find_layers
 from autoshard.passes import AnnotateShardings, EmitPrograms, InsertCollectives, LocalizeShapes
 from autoshard.program import Program, facts
+from autoshard.regions import comes_from_parameter
 from autoshard.runner import run_passes
 from autoshard.search_space import SearchSpace
-from autoshard.segments import find_segments
 from autoshard.solver import Problem, memory_of, solve
 
 FAST = replace(hardware_of("h100"), collective_latency_s=1e-8, kernel_latency_s=1e-8)  # latency does not hide what small sizes cost
@@ -133,7 +134,7 @@ def test_a_plan_that_exceeds_the_device_is_said() -> None:
     assert not any("memory_budget_bytes" in note for note in autoshard.plan(deep(), "dp=2", (rows(),), hardware=FAST).notes)
 
 
-def test_segments_are_blocks_not_their_parts() -> None:
+def test_layers_are_blocks_not_their_parts() -> None:
     class Stages(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,8 +146,8 @@ def test_segments_are_blocks_not_their_parts() -> None:
                 x = stage(x)
             return self.head(self.head(x)).sum()
 
-    found = find_segments(traced(Stages(), (torch.zeros(4, 8),), "dp=2"))
-    assert [segment.path for segment in found] == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
+    found = find_layers(traced(Stages(), (torch.zeros(4, 8),), "dp=2"))
+    assert [layer.path for layer in found] == ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- oracles
@@ -186,13 +187,16 @@ def test_every_choice_of_bytes_costs_time() -> None:
     """Gathering or running again is never free: the fastest plan does neither."""
     _, wider, problem, _ = spaces("dp=2", 2, 64)
     choices = solve(problem).choices
-    assert not any(choices[wider.order.index(segment)] for segment in wider.segments)
-    for scope, table in problem.pairs.items():
-        if len(scope) == 3:
-            assert (table[..., 1] >= table[..., 0] - 1e-15)[np.isfinite(table[..., 0])].all()
+    assert not any(choices[wider.order.index(layer)] for layer in wider.layers)
+    numbers = {wider.order.index(layer) for layer in wider.layers}
+    decided = [(table, dim) for scope, table in problem.pairs.items() for dim, v in enumerate(scope) if v in numbers]
+    assert decided
+    for table, dim in decided:
+        once, twice = table.take(0, axis=dim), table.take(1, axis=dim)
+        assert (twice >= once - 1e-15)[np.isfinite(once)].all()
 
 
-def test_room_is_left_for_what_a_segment_holds_while_it_runs_again() -> None:
+def test_room_is_left_for_what_a_layer_holds_while_it_runs_again() -> None:
     program = traced(deep(4), (rows(256),), "dp=2")
     space = SearchSpace(program, CostModel(program.mesh, FAST), {})
     problem, order = space.problem()
@@ -248,10 +252,10 @@ def test_the_checker_refuses_what_cannot_be_gathered_again() -> None:
     facts(gather).recompute = 1
     with pytest.raises(PlacementError, match="stands in region 1, which runs again by itself"):
         check(program)
-    program = run_passes((AnnotateShardings(FAST, constraints={"output:layers.0": "S(0)", "output:layers.1": "I"}),), traced(deep(), (rows(),), "dp=2"))
-    program = run_passes((InsertCollectives(FAST), LocalizeShapes()), program)
+    annotate = AnnotateShardings(FAST, template="ddp", constraints={"output:layers.0": "S(0)", "output:layers.1": "I"})
+    program = run_passes((annotate, InsertCollectives(FAST), LocalizeShapes()), traced(deep(), (rows(),), "dp=2"))
     gathers = [node for node in program.nodes("conversion") if node.target.__name__.startswith("all_gather")]
-    activation = next(node for node in gathers if facts(node.all_input_nodes[0]).role == "op")
+    activation = next(node for node in gathers if not comes_from_parameter(node))
     activation.target = getattr(runtime, f"{activation.target.__name__}_again")
     with pytest.raises(PlacementError, match="_again gathers what is no parameter"):
         check(program)
@@ -284,9 +288,7 @@ def counted(sizes: dict[int, int]) -> Iterator[None]:
 
 def kept_and_trained(mesh: DeviceMesh, budget: float | None, count: int, template: Any) -> tuple[float, nn.Module]:
     """Bytes kept by the emitted program for one step, without parameters, and the module with its gradients."""
-    module = autoshard.compile(
-        deep(4), mesh, template=template, hardware=FAST, example_inputs=(rows(count),), memory_budget_bytes=budget
-    )
+    module = autoshard.compile(deep(4), mesh, template=template, hardware=FAST, example_inputs=(rows(count),), memory_budget_bytes=budget)
     sizes: dict[int, int] = {}
     with counted(sizes):
         loss = module(rows(count))
@@ -311,10 +313,17 @@ def less_is_kept_and_gradients_are_equal(mesh: DeviceMesh) -> None:
         assert template == "fsdp" or regions(small.plan)
 
 
+def gathering(mesh: DeviceMesh) -> nn.Module:
+    """One layer, compiled, whose weights are gathered again."""
+    given = {"template": "fsdp", "hardware": FAST, "example_inputs": (rows(4),)}
+    free = autoshard.compile(deep(1), mesh, **given).plan.stats["kept_bytes"]
+    module = autoshard.compile(deep(1), mesh, **given, memory_budget_bytes=0.94 * free)
+    assert gathered_again(module.plan.program)
+    return module
+
+
 def a_weight_that_changed_before_backward_is_refused(mesh: DeviceMesh) -> None:
-    _, module = kept_and_trained(mesh, None, 4, "fsdp")
-    budget = 0.94 * module.plan.stats["kept_bytes"]
-    _, module = kept_and_trained(mesh, budget, 4, "fsdp")
+    module = gathering(mesh)
     loss = module(rows(4))
     with torch.no_grad():
         for parameter in module.parameters():
@@ -324,13 +333,10 @@ def a_weight_that_changed_before_backward_is_refused(mesh: DeviceMesh) -> None:
 
 
 def it_runs_under_torch_compile(mesh: DeviceMesh) -> None:
-    _, plain = kept_and_trained(mesh, None, 4, "fsdp")
-    _, module = kept_and_trained(mesh, 0.94 * plain.plan.stats["kept_bytes"], 4, "fsdp")
-    for parameter in module.parameters():
-        parameter.grad = None
-    fast = torch.compile(module, backend="aot_eager")
-    fast(rows(4)).backward()
-    assert_same_gradients(module, plain)
+    module, model = gathering(mesh), deep(1)
+    torch.compile(module, backend="aot_eager")(rows(4)).backward()
+    model(rows(4)).backward()
+    assert_same_gradients(module, model)
 
 
 def test_two_ranks() -> None:

@@ -83,9 +83,7 @@ def bytes_of(problem: Problem, choices: tuple[int, ...]) -> float:
 def brute_force(problem: Problem, budget: float = math.inf) -> float:
     """Least cost within the budget; inf when nothing is allowed."""
     fitting = (
-        choices
-        for choices in itertools.product(*(range(len(table)) for table in problem.costs))
-        if bytes_of(problem, choices) <= budget
+        choices for choices in itertools.product(*(range(len(table)) for table in problem.costs)) if bytes_of(problem, choices) <= budget
     )
     return min((cost_of(problem, choices) for choices in fitting), default=math.inf)
 

@@ -8,8 +8,7 @@ Inside a function that `gathers_again` wraps, a tensor that autograd saves and t
 (the weight itself, a view, a transpose) is replaced by the shard and the way from there; backward gathers when it needs the
 tensor, once for every op that saved it. The gradient is that of all_gather. What is computed from a gathered weight into
 memory of its own (a cast) is kept as it is. Inside a checkpointed region, which drops what it saves by itself, and outside
-a wrapped function it is a plain all_gather. `torch.compile` breaks its graph at each: what it compiles between them saves
-through the same hooks.
+a wrapped function it is a plain all_gather. `torch.compile` breaks its graph at each.
 """
 
 from __future__ import annotations
@@ -109,10 +108,11 @@ def _source(x: Tensor) -> Make:
     if found is not None:
         size, stride, offset, make = tuple(x.shape), x.stride(), int(x.storage_offset()), found[1]
         return lambda: make().as_strided(size, stride, offset)
-    shard, version = x.detach(), x._version
+    shard, leaf = x.detach(), _leaf(x)
+    version = leaf._version
 
     def unchanged() -> Tensor:
-        if shard._version != version:
+        if leaf._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a weight of shape "
                 f"{tuple(shard.shape)}, which backward gathers again, was written after forward; step the optimizer after backward"
@@ -120,3 +120,11 @@ def _source(x: Tensor) -> Make:
         return shard
 
     return unchanged
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """The parameter that `x` is a part of, or x itself: writes to a DTensor count on it alone, not on its local tensor."""
+    step = x.grad_fn
+    while step is not None and not hasattr(step, "variable"):
+        step = step.next_functions[0][0] if step.next_functions else None
+    return x if step is None else step.variable

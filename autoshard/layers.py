@@ -1,8 +1,8 @@
-"""Segments: parts of the model that backward may run again instead of keeping what they hold; the repeated layers.
+"""Layers: the repeated parts of a model, which backward may run again instead of keeping what they hold.
 
 A layer is a module that a list holds (`layers.3`, `h.0`), at the innermost level that still holds most of the ops: blocks
-rather than stages, and rather than the experts of a block. Each unbroken run of ops of one layer is a segment, so a layer
-that is called twice gives two.
+rather than stages, and rather than the experts of a block. Each unbroken run of its ops counts as one, so a module that
+is called twice gives two.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _MOST = 0.8  # share of a list's ops that the lists inside it must hold to stand
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class Layer:
     """One layer, or one call of it: `path` of the module, and its nodes in order."""
 
     path: str
     nodes: tuple[fx.Node, ...]
 
 
-def find_segments(program: Program) -> list[Segment]:
-    """Segments of a normalised program, in order. What the model itself checkpoints is none, nor what reads a buffer that it writes."""
+def find_layers(program: Program) -> list[Layer]:
+    """Layers of a normalised program, in order. What the model itself checkpoints is none, nor what reads a buffer that it writes."""
     ops = [node for node in program.nodes("op") if not facts(node).is_constant]
     runs: dict[str, list[list[fx.Node]]] = {}  # of every path that ends in a number
     open_paths: set[str] = set()
@@ -48,9 +48,9 @@ def find_segments(program: Program) -> list[Segment]:
         outer = {other for other in chosen if pattern.startswith(other + ".")}
         if all(held[pattern] >= _MOST * held[other] for other in outer):
             chosen = chosen - outer | {pattern}
-    found = [Segment(path, tuple(part)) for path, parts in runs.items() if re.sub(r"\b\d+\b", "*", path) in chosen for part in parts]
+    found = [Layer(path, tuple(part)) for path, parts in runs.items() if re.sub(r"\b\d+\b", "*", path) in chosen for part in parts]
     place = {node: k for k, node in enumerate(ops)}
-    return sorted((segment for segment in found if _may_run_again(segment)), key=lambda segment: place[segment.nodes[0]])
+    return sorted((layer for layer in found if _may_run_again(layer)), key=lambda layer: place[layer.nodes[0]])
 
 
 def _numbered(path: str) -> list[str]:
@@ -58,11 +58,11 @@ def _numbered(path: str) -> list[str]:
     return [".".join(parts[: k + 1]) for k, part in enumerate(parts) if part.isdigit()]
 
 
-def _may_run_again(segment: Segment) -> bool:
+def _may_run_again(layer: Layer) -> bool:
     """Whether some op has a gradient, and no buffer is read that the model writes otherwise than as running statistics."""
-    if not any(facts(node).needs_grad for node in segment.nodes):
+    if not any(facts(node).needs_grad for node in layer.nodes):
         return False
-    for node in segment.nodes:
+    for node in layer.nodes:
         for buffer in (operand for operand in node.all_input_nodes if facts(operand).role == "buffer"):
             is_written = any(facts(user).role == "update" or buffer in statistics(user) for user in buffer.users)
             if is_written and buffer not in statistics(node):
