@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -18,6 +19,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.module import ShardedModule
 from autoshard.plan import Plan
 from autoshard.planner import Inputs, Outputs, Randomness, Request, Settings, entry_layout, make_plan
+from autoshard.reuse import reuse_of
 from autoshard.simulator import Simulation
 from autoshard.torch_internals import pytree
 from autoshard.verification import Verification, compare, simulate_plan
@@ -37,7 +39,8 @@ class Options:
     randomness: Randomness = "per_rank"
 
 
-def _check_call(model: Any, args: Any) -> None:
+def check_call(model: Any, args: Any) -> None:
+    """Raise InputError unless these are a model and a tuple of arguments."""
     if not isinstance(model, nn.Module):
         raise InputError(f"a model is an nn.Module, not {type(model).__name__}")
     if isinstance(args, torch.Tensor):
@@ -98,7 +101,8 @@ def compile(
 
     mesh: a DeviceMesh with axis names. template: "auto" solves for the least predicted step time; "ddp", "fsdp",
     "megatron" and "megatron_sp" pin what their names say. constraints: layouts by name pattern, see
-    autoshard.constraints. hardware: a preset's name or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
+    autoshard.constraints. hardware: a preset's name ("h100", or "h100x4": nodes of 4), "measured" or "profile:/path.json" (see
+    autoshard.profile), or an autoshard.Hardware. memory_budget_bytes: upper bound per rank.
     inputs: "global": plain tensors are the whole batch, the same on every rank; "local": each rank of axis `dp` (of the
     first axis, if there is no `dp`) passes its own part. outputs: "whole" results on every rank, or "dtensor".
     dynamic: dims of arguments whose sizes may change from call to call under one plan: `"batch"` for dim 0 of every tensor,
@@ -107,7 +111,7 @@ def compile(
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
-    _check_call(model, example_inputs)
+    check_call(model, example_inputs)
     settings = _settings(
         getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic
     )
@@ -135,12 +139,15 @@ def plan(
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
     dynamic: Dynamic = None,
+    reuse: Plan | str | Path | None = None,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on a mesh without any process, GPU or weight; keywords as in compile.
 
     mesh: `"dp=2,tp=4"`, a dict, a MeshSpec or a DeviceMesh. args, kwargs: global inputs; only shapes and dtypes are read.
+    reuse: an earlier plan, or the path of a saved one: parameters of the same name and shape keep its layouts, the rest is solved
+    (after an edit of the model, say), and `Plan.notes` says which. The mesh has the earlier one's axis names.
     """
-    _check_call(model, args)
+    check_call(model, args)
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
     settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic)
@@ -149,7 +156,12 @@ def plan(
         raise InputError("a dynamic size is 0 or 1 in the example, where torch computes differently; use an example of 2 or more")
     tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
     layouts = tuple(entry_layout(tensor, spec, inputs) for tensor in tensors)
-    return make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, dynamic=marks))
+    kept = reuse_of(reuse, model, spec, settings.constraints) if reuse is not None else None
+    fixed = kept.layouts if kept else {}
+    planned = make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, fixed, marks))
+    for note in kept.notes(planned.program) if kept else ():
+        planned.program.note(note)
+    return planned
 
 
 def simulate(

@@ -47,7 +47,7 @@ class CandidateTable:
     costs: CostModel
     segmentations: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     _known: dict[object, list[Candidate]] = field(default_factory=dict)
-    _sent: dict[object, tuple[Call, list[tuple[int, str, int]]]] = field(default_factory=dict)
+    _sent: dict[object, tuple[Call, list[tuple[int, str, float]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.segmentations = find_segmentations(self.program)
@@ -108,7 +108,9 @@ class CandidateTable:
             if not all(self._fits(value, layout) for value, layout in zip(values, layouts, strict=True)):
                 continue
             inputs, outputs = tuple(layouts[: len(call.inputs)]), tuple(layouts[len(call.inputs) :])
-            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes))
+            is_plain = self.costs.hardware.measured is not None and not lowered_axes(rule, factors, self.program.mesh.axes)
+            measured = call if is_plain else None  # times are measured of ops, not of their lowerings
+            cost = self.costs.op_s(call.op, rule, equation, values, layouts, split_of(equation, factors, sizes), measured)
             cost += self._inside_s(call, rule, factors, inputs)
             masks = masks_of(rule, equation, factors, sizes) if pads else []
             cost += sum(self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks)

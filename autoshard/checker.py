@@ -37,11 +37,32 @@ from autoshard.regions import comes_from_parameter
 
 def check(program: Program) -> None:
     """Raise PlacementError that lists every fault of the program."""
-    faults = [f"{node.name}: {fault}" for node in program.nodes() for fault in faults_of(program, node)]
+    faults: list[str] = []
+    sound: set[object] = set()
+    for node in program.nodes():
+        key = _everything_read(node)
+        if key is None or key not in sound:
+            found = [f"{node.name}: {fault}" for fault in faults_of(program, node)]
+            faults += found
+            if key is not None and not found:
+                sound.add(key)
     faults += _region_faults(program)
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
+
+
+def _everything_read(node: fx.Node) -> object | None:
+    """All that `faults_of` reads of an op: equal ops of repeated layers are judged once. None for what is judged each time."""
+    known, operands = facts(node), tensor_operands(node) if facts(node).role == "op" else []
+    if known.role != "op" or any(facts(operand).role == "mask" for operand in operands):
+        return None
+    made = [producer(operand) for operand in operands]
+    given = tuple((facts(p).values[k], facts(o).layouts, facts(o).is_constant) for (p, k), o in zip(made, operands, strict=True))
+    own = (known.values, known.layouts, known.strategies, known.random_axes, known.is_constant, known.op, known.is_drawn_whole)
+    # repr: arguments hold lists, and sizes that may change, which are equal to numbers
+    arguments_ = repr(fx.map_arg((node.args, node.kwargs), lambda operand: None))
+    return (node.target, arguments_, repr([value.shape for value, *_ in given]), given, repr(known.values), own)
 
 
 def _region_faults(program: Program) -> Iterator[str]:

@@ -4,6 +4,7 @@
      "input:ids": "S(0)@dp",            an input is cut like this first
      "output:h.*": "I@tp",              what a module returns lies like this
      "*.norm.weight": "I",              on every axis
+     "node:h_0_add": "S(0)@dp",     what one node of the program makes, by the node's name
      "split:*.attn.scaled_dot_product_attention": "s&k@cp"}   ops of a module split this factor of their rule
 
 A placement may be `S` for a split along any dim, and alternatives are separated by `|`. A pattern without a prefix names
@@ -25,7 +26,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import Layout, Placement, local_shape, padded_axes, padded_piece
 from autoshard.program import Program, facts, op_name, producer
 
-Subject = Literal["parameter", "input", "output", "split"]
+Subject = Literal["parameter", "input", "output", "split", "node"]
 Allowed = tuple[tuple[str, ...], ...]  # per axis, the texts of allowed placements; () is free
 
 
@@ -91,6 +92,7 @@ def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = Fa
     names: dict[Subject, dict[str, list[fx.Node]]] = {"parameter": {}, "input": {}, "output": module_outputs(program), "split": {}}
     for node in program.nodes("op"):
         names["split"].setdefault(f"{facts(node).source.module}.{op_name(node).split('.')[-2:][0]}".lstrip("."), []).append(node)
+    names["node"] = {node.name: [node] for node in program.nodes("op", "projection") if len(facts(node).values) == 1}
     for name, node in program.parameters().items():
         names["parameter"].setdefault(name, []).append(node)
         for alias in (alias for alias, target in program.aliases.items() if target == name):
@@ -101,7 +103,7 @@ def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = Fa
     for pattern, text in constraints.items():
         pin = parse_constraint(pattern, text, program.mesh, is_soft)
         prefix, _, rest = pattern.rpartition(":")
-        kinds = [kind for kind in names if (kind.startswith(prefix) if prefix else kind != "split")]
+        kinds = [kind for kind in names if (kind.startswith(prefix) if prefix else kind not in ("split", "node"))]
         matched = next((found for kind in kinds if (found := _matching(names[kind], rest))), [])
         if not matched and not is_soft:
             known = sorted(name for kind in kinds for name in names[kind])

@@ -31,13 +31,17 @@ class ConversionTable:
         self.fitting: dict[Sequence[int], np.ndarray] = {}
         self.terms = {needs_grad: [self._axis_terms(axis, needs_grad) for axis in range(len(self.sizes))] for needs_grad in (False, True)}
 
-    def _axis_terms(self, axis: int, needs_grad: bool) -> tuple[np.ndarray, np.ndarray]:
-        fixed, per_byte = np.zeros((4, 4)), np.zeros((4, 4))
-        for (src, dst), row in BY_KINDS.items():
-            terms = [self.costs.collective_terms(name, axis) for name in (row.forward, row.backward)[: 2 if needs_grad else 1]]
-            fixed[_KINDS.index(src), _KINDS.index(dst)] = sum(t[0] for t in terms)
-            per_byte[_KINDS.index(src), _KINDS.index(dst)] = sum(t[1] for t in terms)
-        return fixed, per_byte
+    def _axis_terms(self, axis: int, needs_grad: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per algorithm: fixed seconds and seconds per byte, by kind before and after; one where an axis has but one."""
+        terms = {kinds: self.costs.row_terms(row, axis, needs_grad) for kinds, row in BY_KINDS.items()}
+        tables = []
+        for k in range(max(map(len, terms.values()))):
+            fixed, per_byte = np.zeros((4, 4)), np.zeros((4, 4))
+            for (src, dst), choices in terms.items():
+                where = _KINDS.index(src), _KINDS.index(dst)
+                fixed[where], per_byte[where] = choices[min(k, len(choices) - 1)]
+            tables.append((fixed, per_byte))
+        return tables
 
     def seconds(self, have: Sequence[Layout], want: Sequence[Layout], info: TensorInfo) -> np.ndarray:
         """f64[len(have), len(want)]: 0 where equal, inf where there is no way."""
@@ -55,6 +59,8 @@ class ConversionTable:
         for i, j in np.argwhere(np.isinf(best)):
             route = self.costs.best_route(rows[i], columns[j], info)
             best[i, j] = math.inf if route is None else route[0]
+        if not info.nbytes:
+            best = np.where(np.isfinite(best), 0.0, np.inf)  # nothing to send
         if self.random is not None:
             best = np.where(np.isfinite(best), self.random.random(best.shape), np.inf)
         same = (self._encode(rows)[3][:, None] == self._encode(columns)[3][None]).all(axis=2)
@@ -104,8 +110,11 @@ class ConversionTable:
             if stretched is not None:
                 share = share * stretched[axis][src[1][:, None, axis]] * stretched[axis][dst[1][None, :, axis]]
             kinds = np.ix_(src[0][:, axis], dst[0][:, axis])
-            fixed, per_byte = self.terms[info.needs_grad][axis]
-            total += np.where(moves[axis], fixed[kinds] + per_byte[kinds] * (share * info.nbytes), 0.0)
+            (fixed, per_byte), *others = self.terms[info.needs_grad][axis]
+            seconds = fixed[kinds] + per_byte[kinds] * (share * info.nbytes)
+            for fixed, per_byte in others:
+                seconds = np.minimum(seconds, fixed[kinds] + per_byte[kinds] * (share * info.nbytes))
+            total += np.where(moves[axis], seconds, 0.0)
             legal &= ~moves[axis] | self._is_legal(axis, state, src, dst)
             later = np.zeros(total.shape, dtype=bool)
             for other in order[position + 1 :]:

@@ -35,3 +35,7 @@ class PlanError(AutoshardError):
 
 class BudgetError(AutoshardError):
     """No plan fits the memory budget."""
+
+
+class HardwareError(AutoshardError):
+    """Hardware that is unknown or described by impossible numbers, or a measured profile that cannot be used."""

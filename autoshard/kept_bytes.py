@@ -16,7 +16,7 @@ from torch import fx
 from autoshard.autograd_saves import Kept, kept_values
 from autoshard.candidates import Candidate
 from autoshard.conversions import without_gradient
-from autoshard.costs import STATE_TENSORS, CostModel
+from autoshard.costs import CostModel
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout
 from autoshard.program import Program, facts, producer, tensor_operands
@@ -67,9 +67,9 @@ class KeptBytes:
         return self.kept.base.get(value, value) != value or (saves is not None and saves.outputs[k])
 
     def at_rest(self, node: fx.Node, layout: Layout) -> float:
-        """A parameter with gradient and two moments, or alone where it is not trained."""
+        """A parameter with gradient and optimizer state, or alone where it is not trained."""
         value = facts(node).value
-        return (STATE_TENSORS if value.needs_grad else 1) * self.local(value, layout)
+        return (2 if value.needs_grad else 1) * self.local(value, layout) + self.costs.state_bytes(value, layout)
 
     def of_op(self, node: fx.Node, candidate: Candidate) -> float:
         """What the op itself keeps: results, and tensors of its own, taken to be split as the largest it reads or makes is."""

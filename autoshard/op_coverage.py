@@ -152,4 +152,4 @@ def _seconds(costs: CostModel, node: fx.Node) -> float:
     call, (rule, equation) = call_of(node), bound_rule(node)
     values = (*call.inputs, *call.outputs)
     whole = [(R,) * costs.mesh.ndim] * len(values)
-    return costs.op_s(call.op, rule, equation, values, whole, 1.0)
+    return costs.op_s(call.op, rule, equation, values, whole, 1.0, call)

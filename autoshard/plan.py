@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,18 @@ from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
-from autoshard.text import human_bytes, human_seconds, short_dtype
+from autoshard.resolving import Resolver
+from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
 from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
     import graphviz
 
+    from autoshard.cost_report import CostReport
+    from autoshard.explanation import Explanation
     from autoshard.module import ShardedModule
+    from autoshard.plan_diff import PlanDiff
+    from autoshard.why import Why
 
 _HERE = Path(__file__).parent
 
@@ -43,7 +47,7 @@ class Plan:
     Where dims were called dynamic, it serves all sizes of these at which `sizes_of` finds no fault.
 
     model_name: class of the model. inputs, outputs: how plain tensors are given and results come back
-    (see autoshard.compile). template, constraints: what was asked.
+    (see autoshard.compile). template, constraints: what was asked. resolver: what it takes to solve again; files do not hold it.
     """
 
     program: Program
@@ -53,6 +57,7 @@ class Plan:
     outputs: str = "whole"
     template: str = "auto"
     constraints: Mapping[str, str] = field(default_factory=dict)
+    resolver: Resolver | None = field(default=None, repr=False, compare=False)
 
     @property
     def mesh(self) -> MeshSpec:
@@ -76,6 +81,35 @@ class Plan:
         """
         moved = traffic(self.program, CostModel(self.mesh, self.hardware))
         return {**self.program.stats, "nodes": len(self.program.graph.nodes), "wire_bytes_per_step": moved}
+
+    @property
+    def cost(self) -> CostReport:
+        """What every node costs, in seconds, flops and bytes; prints as a table."""
+        from autoshard.cost_report import price
+
+        return price(self)
+
+    def explain(self) -> Explanation:
+        """Where time and memory go, by module, what is sent and why, in words and tables that fit one screen."""
+        from autoshard.explanation import explain
+
+        return explain(self)
+
+    def why(self, name: str, layout: str) -> Why:
+        """What it would cost, and what else change, if `name` had `layout`: `plan.why("head.weight", "S(0)@tp")`.
+
+        name: a parameter, an input, a module (what it returns) or a node of the program. The search is solved again.
+        Raises PlanError for unknown names and loaded plans, ConstraintError for a layout that cannot be read.
+        """
+        from autoshard.why import why
+
+        return why(self, name, layout)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What `other` does otherwise: layouts, collectives, predicted time and memory. Meshes and models may differ."""
+        from autoshard.plan_diff import diff
+
+        return diff(self, other)
 
     @property
     def fingerprint(self) -> str:
@@ -108,7 +142,7 @@ class Plan:
         rows: dict[tuple, list[TensorInfo]] = {}
         for name, node in self.program.parameters().items():
             layout, value = facts(node).layout, facts(node).value
-            rows.setdefault((re.sub(r"\b\d+\b", "*", name), value.shape, layout), []).append(value)
+            rows.setdefault((fold_name(name), value.shape, layout), []).append(value)
         for (name, shape, layout), values in rows.items():
             held = sum(cost.local_bytes(value, layout) for value in values)
             shown = name if len(values) == 1 else f"{name} x{len(values)}"
@@ -127,7 +161,7 @@ class Plan:
         """Write the plan as JSON."""
         extra = {name: getattr(self, name) for name in ("model_name", "inputs", "outputs", "template")}
         Path(path).write_text(
-            plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": vars(self.hardware)})
+            plan_file.dumps(self.program, {**extra, "constraints": dict(self.constraints), "hardware": self.hardware.to_dict()})
         )
 
     @classmethod
@@ -143,7 +177,7 @@ class Plan:
         try:
             program.leaves_whole = body["outputs"] == "whole"
             check(program)
-            hardware = Hardware(**body["hardware"])
+            hardware = Hardware.from_dict(body["hardware"])
             plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])
             EmitPrograms(plan.model_name)(program)
         except AutoshardError:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from autoshard.constraints import Template, tensor_axis_of
+from autoshard.costs import CostModel
 from autoshard.dynamic_dims import Dynamic, LeafMarks, Marks
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware
@@ -18,7 +19,8 @@ from autoshard.mesh import MeshSpec
 from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
 from autoshard.program import Program
-from autoshard.runner import Pass, run_passes
+from autoshard.resolving import run_and_keep
+from autoshard.runner import Pass
 from autoshard.torch_internals import pytree
 
 Inputs = Literal["global", "local"]
@@ -121,7 +123,12 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
 
 def make_plan(request: Request) -> Plan:
     """Run the passes. Raises AutoshardError of the kind that fits."""
+    from autoshard.profile_plan import extrapolations
+
     asked = request.settings
     check_batch((request.args, request.kwargs), request.mesh, asked.template, asked.inputs)
-    program = run_passes(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
-    return Plan(program, asked.hardware, type(request.model).__name__, asked.inputs, asked.outputs, asked.template, dict(asked.constraints))
+    program, resolver = run_and_keep(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
+    for note in extrapolations(program, CostModel(request.mesh, asked.hardware)) if asked.hardware.measured else ():
+        program.note(note)
+    name, constraints = type(request.model).__name__, dict(asked.constraints)
+    return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, constraints, resolver)

@@ -157,6 +157,16 @@ class Program:
         """Placeholders of parameters by name."""
         return {facts(node).name: node for node in self.nodes("parameter")}
 
+    def on_mesh(self, mesh: MeshSpec) -> Program:
+        """A copy for another plan, on `mesh`: what is decided on one is not seen on the other. For programs before annotate_shardings."""
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            made[node] = graph.node_copy(node, lambda operand: made[operand])
+            made[node].name = node.name
+            set_facts(made[node], replace(facts(node)))
+        return replace(self, graph=graph, mesh=mesh, notes=list(self.notes), stats=dict(self.stats), passes=list(self.passes))
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)

@@ -19,12 +19,14 @@ def pass_name(a_pass: Pass) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(a_pass).__name__).lower()
 
 
-def run_passes(passes: Sequence[Pass], program: Program, dump_dir: str | Path | None = None) -> Program:
+def run_passes(passes: Sequence[Pass], program: Program, dump_dir: str | Path | None = None, first: int = 0) -> Program:
     """Run `passes` in order. dump_dir: a folder that gets the graph after each pass as `03_annotate_shardings.txt`.
+
+    first: the number of the first of them, where others ran before.
 
     Raises PlacementError when a pass leaves a program that does not type-check, naming the pass.
     """
-    for number, a_pass in enumerate(passes):
+    for number, a_pass in enumerate(passes, first):
         name = pass_name(a_pass)
         started = time.perf_counter()
         program.passes.append(name)

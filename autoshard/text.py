@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -66,3 +67,8 @@ def human_seconds(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def fold_name(name: str) -> str:
+    """A name without the numbers of repeated layers: `layers.3.mlp` is `layers.*.mlp`, the node `layers_3_mlp_add` `layers_*_mlp_add`."""
+    return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)

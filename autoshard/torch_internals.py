@@ -32,6 +32,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 # annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
 from torch.fx import traceback as fx_traceback
 
+# ShapeEnv, DimDynamic: integers that keep their expression, see new_symbolic_integer. If they move: symbolic costs of lowered ops.
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
@@ -40,6 +43,8 @@ _PACKAGE = str(Path(__file__).parent)
 
 __all__ = [
     "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
     "_StridedShard",
     "fake_copy",
     "fake_mode",
@@ -47,6 +52,7 @@ __all__ = [
     "keep_nested_no_grad",
     "let_segments_be_read",
     "local_of",
+    "new_symbolic_integer",
     "pytree",
     "record_lost_backwards",
     "record_size_guards",
@@ -58,6 +64,15 @@ __all__ = [
 
 def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def new_symbolic_integer(env: ShapeEnv, name: str, hint: int) -> Any:
+    """An integer of `env` that keeps its expression; `hint` is its value where one is asked for."""
+    from torch._dynamo.source import ConstantSource  # imports all of dynamo
+
+    source = ConstantSource(name)
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+    return env.create_symintnode(symbol, hint=hint, source=source)
 
 
 def fake_like(tensor: torch.Tensor, mode: FakeTensorMode, device: torch.device) -> torch.Tensor:

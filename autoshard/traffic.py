@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from autoshard import runtime
-from autoshard.conversions import BY_NAME, WIRE, Step
+from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
 from autoshard.costs import CostModel
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
@@ -19,7 +19,7 @@ from autoshard.program import Program, call_of, facts, tensor_operands
 from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
-Sent = tuple[str, str, int]  # axis, the collective, bytes that the axis holds together
+Sent = tuple[str, str, float]  # axis, the collective, bytes that the axis holds together
 
 
 @dataclass
@@ -63,7 +63,15 @@ class MeteredAxis:
 
 def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec) -> list[Sent]:
     """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
-    local = iter([_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)])
+    sent: list[Sent] = []
+    metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
+    run_lowering(function, call, [_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)], metered)
+    return sent
+
+
+def run_lowering(function: str, call: Call, operands: Sequence[torch.Tensor], axes: Mapping[str, Sequence[MeteredAxis]]) -> None:
+    """Run the lowering `function` as `call` does, on local `operands`, with `axes` in place of those that split its factors."""
+    local = iter(operands)
 
     def tensors(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -71,16 +79,13 @@ def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[st
         return next(local) if isinstance(value, TensorInfo) else value
 
     given = {name: tensors(value) for name, value in call.arguments.items()}
-    sent: list[Sent] = []
-    metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
     lowering: Callable[..., Any] = getattr(runtime, function)
     by_name = lowering.__kwdefaults__ or {}
     lowering(
         *(value for name, value in given.items() if name not in by_name),
         **{name: given[name] for name in by_name if name in given},
-        **metered,
+        **axes,
     )
-    return sent
 
 
 def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
@@ -90,11 +95,7 @@ def _empty(info: TensorInfo, layout: Layout, mesh: MeshSpec) -> torch.Tensor:
 
 def seconds_inside(costs: CostModel, sent: Sequence[Sent]) -> float:
     """Seconds of what a lowering sends."""
-    total = 0.0
-    for axis, name, whole in sent:
-        fixed, per_byte = costs.collective_terms(name, costs.mesh.index(axis))
-        total += fixed + per_byte * whole
-    return total
+    return sum(costs.collective_s(name, costs.mesh.index(axis), whole) for axis, name, whole in sent)
 
 
 def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float, float]:
@@ -112,24 +113,46 @@ def is_sent_again(node: fx.Node) -> bool:
     return is_repeated or facts(node).recompute is not None
 
 
-def traffic(program: Program, costs: CostModel) -> dict[str, float]:
-    """Bytes that a rank sends in one forward and backward pass, by collective; constants are converted once and not counted."""
-    moved: dict[str, float] = {}
-
-    def add(name: str, count: float) -> None:
-        if count:
-            moved[name] = moved.get(name, 0.0) + count
-
+def all_sent(program: Program, costs: CostModel) -> Iterator[Sent]:
+    """Every collective of one forward and backward pass of a rank; constants are converted once and not counted."""
     for node in program.nodes("conversion"):
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-        if not facts(node).is_constant:
-            forward, backward = wire_bytes(program, node, costs)
-            add(row.forward, forward * (2 if program.is_training and is_sent_again(node) else 1))
-            add(row.backward, backward)
+        known, before, axis = facts(node), facts(node.args[0]).layout, str(node.args[1])  # type: ignore[arg-type]
+        if not known.is_constant:
+            k, row = program.mesh.index(axis), BY_NAME[node.target.__name__]  # type: ignore[union-attr]
+            whole = costs.whole_bytes(Step(k, before[k], known.layout[k]), known.value, before)
+            yield from ((axis, name, whole) for name in (row.forward, row.backward)[: 2 if known.needs_grad else 1])
+            if program.is_training and is_sent_again(node):
+                yield axis, row.forward, whole
     for node in program.nodes("op"):
-        for axis, collective, whole in sent_inside(program, node):
-            add(collective, WIRE[collective](program.mesh.shape[program.mesh.index(axis)]) * whole)
+        yield from sent_inside(program, node)
+
+
+def traffic(program: Program, costs: CostModel) -> dict[str, float]:
+    """Bytes that a rank sends in one forward and backward pass, by collective."""
+    moved: dict[str, float] = {}
+    for axis, name, whole in all_sent(program, costs):
+        sent = WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole
+        if sent:
+            moved[name] = moved.get(name, 0.0) + sent
     return moved
+
+
+def seconds_by_term(program: Program, costs: CostModel) -> dict[str, float]:
+    """The price of the program in parts: "all_gather on dp" and so on, "local copies", "optimizer" and "compute".
+
+    The sum is the predicted step, of random plans too. What several readers share is charged once, where the search may have charged
+    it twice, so that it may be below `objective_s`. What ops send inside them counts as communication.
+    """
+    terms: dict[str, float] = {}
+    inside_s = 0.0
+    for sent in all_sent(program, costs):
+        key = f"{sent[1]} on {sent[0]}" if sent[1] in COMMUNICATES else "local copies"
+        terms[key] = terms.get(key, 0.0) + seconds_inside(costs, [sent])
+    for node in program.nodes("op"):
+        inside_s += seconds_inside(costs, sent_inside(program, node))
+    terms["optimizer"] = sum(costs.parameter_s(facts(node).value, facts(node).layout) for node in program.parameters().values())
+    terms["compute"] = program.stats["ops_s"] - terms["optimizer"] - inside_s
+    return {key: seconds for key, seconds in terms.items() if seconds}
 
 
 def sent_inside(program: Program, node: fx.Node) -> list[Sent]:

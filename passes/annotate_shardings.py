@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 from torch import fx
@@ -15,12 +16,12 @@ from autoshard.budget_space import What, blocks_of, memory_of_plan
 from autoshard.candidates import Candidate, bound_rule
 from autoshard.constraints import Pin, Template, pins_of, template_constraints
 from autoshard.costs import CostModel
-from autoshard.errors import ConstraintError
+from autoshard.errors import BudgetError, ConstraintError
 from autoshard.hardware import Hardware
 from autoshard.layers import Layer, find_layers
 from autoshard.placements import Layout
 from autoshard.program import Program, draws_random, facts, native_layout, op_name, producer, tensor_operands
-from autoshard.search_space import SearchSpace
+from autoshard.search_space import SearchSpace, Value
 from autoshard.solver import InfeasibleError, Problem, Solution, solve
 from autoshard.text import human_bytes
 
@@ -32,6 +33,7 @@ class AnnotateShardings:
     """Solve for the least predicted step time.
 
     constraints: layout by name pattern (autoshard.constraints). fixed_parameters: layouts that parameters already have.
+    overrides: constraints that stand in place of all others on the values they name.
     memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and what autograd keeps for
     backward; where the fastest plan is over it, weights may be gathered again and layers run again in backward
     (autoshard.budget). seed: draw random prices instead of real ones, which makes a random sound plan.
@@ -45,8 +47,30 @@ class AnnotateShardings:
     memory_budget_bytes: float | None = None
     wants_whole_outputs: bool = True
     seed: int | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, program: Program) -> Program:
+        if self.template != "auto" or self.seed is not None:
+            return self._annotate(program)
+        before = program.on_mesh(program.mesh)
+        found = self._annotate(program)
+        return found if found.stats["objective_s"] == found.stats["bound_s"] else self._best_of_templates(before, found)
+
+    def _best_of_templates(self, before: Program, found: Program) -> Program:
+        """The cheapest plan of `found`, which is not proven optimal, and the templates': a memory budget may leave a gap."""
+        for template in get_args(Template)[1:]:
+            try:
+                rival = replace(self, template=template)._annotate(before.on_mesh(before.mesh))
+            except (BudgetError, ConstraintError):
+                continue
+            if rival.stats["objective_s"] < found.stats["objective_s"]:
+                rival.note(f"no plan was found that is cheaper than that of template {template!r}")
+                rival.stats["bound_s"] = found.stats["bound_s"]
+                rival.stats["gap"] = rival.stats["objective_s"] / max(found.stats["bound_s"], 1e-30) - 1
+                found = rival
+        return found
+
+    def _annotate(self, program: Program) -> Program:
         started = time.perf_counter()
         pins = self._pins(program, self.constraints)
         space = self._space(program, pins)
@@ -59,16 +83,21 @@ class AnnotateShardings:
         except InfeasibleError as error:
             raise ConstraintError(self._conflict(program)) from error
         choice: Mapping[What, int] = dict(zip(order, solution.choices, strict=True))
-        kept_bytes = memory_of_plan(space, choice)  # type: ignore[arg-type]
+        kept_bytes, repeated = memory_of_plan(space, choice), list[fx.Node]()  # type: ignore[arg-type]
         if self.memory_budget_bytes is not None and kept_bytes > self.memory_budget_bytes:
             fitted = fit(space, self.memory_budget_bytes)
             space, choice, solution, kept_bytes = fitted.space.space, fitted.choice, fitted.solution, fitted.kept_bytes
             program.stats["build_s"] += fitted.build_s
             started += fitted.build_s
             _mark_repeated(program, fitted.repeated)
+            repeated = [node for layer in fitted.repeated for node in layer.nodes]
         program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(choice), "largest_table": solution.largest_table}
-        program.stats |= {"objective_s": solution.objective_s, "bound_s": solution.bound_s, "kept_bytes": kept_bytes}
-        program.stats["gap"] = solution.objective_s / max(solution.bound_s, 1e-30) - 1
+        decided_s = _decided_s(program, space, choice) if self.seed is None else 0.0
+        program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": solution.bound_s + decided_s}
+        program.stats |= {"kept_bytes": kept_bytes, "gap": program.stats["objective_s"] / max(program.stats["bound_s"], 1e-30) - 1}
+        taken = {**space.chosen, **{node: options[choice[node]] for node, options in space.domains.items()}}
+        again_s = sum(float(space.table.forward_s(node, [taken[node]])[0]) for node in repeated)
+        program.stats["ops_s"] = sum(c.cost_s for node, c in taken.items() if not facts(node).is_constant) + again_s
         _write(program, space, choice)
         _report(program, space, solution, self.seed is not None)
         self._warn(program, kept_bytes)
@@ -83,7 +112,7 @@ class AnnotateShardings:
 
     def _warn(self, program: Program, kept_bytes: float) -> None:
         """Say when a plan that nobody limited does not fit the device."""
-        available = self.hardware.memory_bytes
+        available = self.hardware.device.memory_bytes
         if self.memory_budget_bytes is None and program.is_training and kept_bytes > available:
             program.note(
                 f"a rank keeps {human_bytes(kept_bytes)} by prediction, a device of hardware {self.hardware.name!r} has "
@@ -98,6 +127,7 @@ class AnnotateShardings:
         for name, layout in self.fixed_parameters.items():
             if name in program.parameters():
                 pins[program.parameters()[name]] = [Pin(f"parameter:{name}", "where it already lies", tuple((str(p),) for p in layout))]
+        pins |= pins_of(program, self.overrides)
         return pins
 
     def _space(self, program: Program, pins: Mapping[fx.Node, list[Pin]]) -> SearchSpace:
@@ -125,6 +155,34 @@ def _mark_repeated(program: Program, layers: Sequence[Layer]) -> None:
         nodes = set(layer.nodes)
         for node in (*layer.nodes, *(n for n in program.nodes("projection") if producer(n)[0] in nodes)):
             facts(node).recompute = number
+
+
+def _decided_s(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> float:
+    """Seconds that the search does not see: of what was decided before it, which differs between plans that take inputs differently.
+
+    The search charges every reader of a decided value for its own conversion. The program makes equal ones once, so what was
+    charged twice is taken off again.
+    """
+    total = sum(chosen.cost_s for node, chosen in space.chosen.items() if not facts(node).is_constant)
+    searched = {node: options[choice[node]] for node, options in space.domains.items()}
+    wanted: dict[tuple[Value, Layout], float] = {}
+
+    def route_s(value: Value, have: Layout, want: Layout) -> float:
+        best = space.costs.best_route(have, want, facts(value[0]).values[value[1]])
+        return best[0] if best is not None else 0.0
+
+    for node, taken in {**space.chosen, **searched}.items():
+        for operand, want in zip(tensor_operands(node) if facts(node).role == "op" else [], taken.inputs, strict=True):
+            value = producer(operand)
+            if value in space.fixed and not facts(value[0]).is_constant:
+                wanted[value, want] = seconds = route_s(value, space.fixed[value], want)
+                total -= seconds if node in searched else 0.0
+    for node in program.nodes("input"):
+        known = facts(node)
+        if known.is_pinned and known.hub is not None:
+            given = known.layouts[0] if known.layouts else native_layout(program.mesh.ndim, known.needs_grad)
+            wanted[(node, 0), given] = route_s((node, 0), given, known.hub)
+    return total + sum(wanted.values())
 
 
 def _write(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> None:

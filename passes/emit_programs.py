@@ -248,8 +248,7 @@ def _autocast(region: Autocast) -> str:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    order = {user: k for k, user in enumerate(node.graph.nodes)}
-    return sorted(node.users, key=order.__getitem__)
+    return sorted(node.users)  # fx orders nodes by their place in the graph
 
 
 def _last_uses(program: Program) -> dict[fx.Node, fx.Node]:

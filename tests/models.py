@@ -116,7 +116,15 @@ def hf_llama() -> nn.Module:
 
 
 # Slow at computing, with links that cost nothing: what the solver distributes even when it is tiny.
-SLOW = Hardware("slow", 1e9, 1e9, 1e12, 64, 1e15, 1e15, 1e-9, 1e-9)
+SLOW = Hardware.uniform(
+    "slow",
+    flops_per_s=6e8,
+    memory_bytes_per_s=1e9,
+    memory_bytes=1e12,
+    link_bytes_per_s=1e15,
+    collective_latency_s=1e-9,
+    kernel_latency_s=1e-9,
+)
 
 
 @dataclass(frozen=True)

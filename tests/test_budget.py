@@ -26,7 +26,7 @@ from autoshard.checker import check
 from autoshard.conversions import BY_NAME
 from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, PlacementError
-from autoshard.hardware import hardware_of
+from autoshard.hardware import Hardware
 from autoshard.layers import find_layers
 from autoshard.passes import AnnotateShardings, EmitPrograms, InsertCollectives, LocalizeShapes
 from autoshard.program import Program, facts
@@ -35,7 +35,8 @@ from autoshard.runner import run_passes
 from autoshard.search_space import SearchSpace
 from autoshard.solver import Problem, memory_of, solve
 
-FAST = replace(hardware_of("h100"), collective_latency_s=1e-8, kernel_latency_s=1e-8)  # latency does not hide what small sizes cost
+RATES = {"flops_per_s": 989e12, "memory_bytes_per_s": 3.35e12, "link_bytes_per_s": 450e9, "collective_latency_s": 1e-8}
+FAST = Hardware.uniform("fast", memory_bytes=80e9, kernel_latency_s=1e-8, **RATES)  # latency does not hide what small sizes cost
 
 
 class Block(nn.Module):
@@ -128,7 +129,7 @@ def test_a_budget_below_every_plan_says_the_smallest() -> None:
 
 
 def test_a_plan_that_exceeds_the_device_is_said() -> None:
-    small = replace(FAST, memory_bytes=10_000.0)
+    small = Hardware.uniform("small", memory_bytes=10_000.0, kernel_latency_s=1e-8, **RATES)
     plan = autoshard.plan(deep(), "dp=2", (rows(),), hardware=small)
     assert any("memory_budget_bytes=9e+03 searches for a plan that fits" in note for note in plan.notes)
     assert not any("memory_budget_bytes" in note for note in autoshard.plan(deep(), "dp=2", (rows(),), hardware=FAST).notes)

@@ -109,7 +109,7 @@ def test_ring_sends_keys_and_values_around(n: int, wire: list) -> None:
     assert wire == [("rotate", block)] * (2 * (n - 1) + 2 * (n - 1) + 2 * n)
     assert price(case, ("s&k",)) == [(name, count * n) for name, count in wire]
     costs = CostModel(case.mesh, hardware_of("h100"))
-    fixed, per_byte = costs.collective_terms("rotate", 0)
+    ((fixed, per_byte),) = costs.collective_terms("rotate", 0)
     assert seconds_inside(costs, [("a", "rotate", block * n)]) == fixed + block / costs.axis_rates[0] == fixed + per_byte * block * n
 
 

@@ -106,7 +106,9 @@ def _train_on_a_rank() -> tuple[list[float], list[float], str]:
     torch.manual_seed(0)
     model, image = Net().double(), x(1, 3, 128, 16)
     alone = copy.deepcopy(model)
-    hardware = replace(hardware_of("cpu"), collective_latency_s=0.0)  # so that small images are worth splitting
+    cpu = hardware_of("cpu")
+    links = (replace(cpu.links[0], latency_s=0.0),)  # so that small images are worth splitting
+    hardware = replace(cpu, collective_latency_s=0.0, links=links)
     compiled = autoshard.compile(model, init_device_mesh("cpu", (2,), mesh_dim_names=("cp",)), hardware=hardware)
     return train(compiled, image), train(alone, image), compiled.plan.program.source
 

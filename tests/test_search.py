@@ -10,8 +10,10 @@ import torch
 from test_solver import ilp
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import autoshard
+from autoshard.candidates import bound_rule
 from autoshard.constraints import template_constraints
 from autoshard.conversion_table import ConversionTable
 from autoshard.costs import CostModel
@@ -19,8 +21,9 @@ from autoshard.hardware import hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
+from autoshard.passes.fold_constants import evaluate
 from autoshard.placements import I, Layout, P, R, S, local_shape
-from autoshard.program import Program, facts, op_name
+from autoshard.program import Program, arguments, call_of, facts, op_name
 from autoshard.search_space import SearchSpace
 from autoshard.solver import solve
 
@@ -124,6 +127,76 @@ def test_causal_mask_becomes_a_flag() -> None:
     (attention,) = (node for node in program.nodes("op") if "attention" in op_name(node))
     assert "True" in attention.format_node()
     assert not any(facts(node).is_constant for node in program.nodes())
+
+
+class HeldMask(nn.Module):
+    """Attention of six layers under one mask, made as Hugging Face's models make theirs."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__()
+        self.ahead = ahead
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        batch, _, length, _ = q.shape
+        at = torch.arange(length).add(0)
+        rows = (at.unsqueeze(0).expand(batch, -1).diff(dim=-1, prepend=at[:1].sub(1).expand(batch, 1)) != 1).cumsum(-1)
+        of, i, j = torch.arange(batch)[:, None, None, None], at[None, None, :, None], at[None, None, None, :]
+        mask = torch.ones((), dtype=torch.bool) & (rows[of, i] == rows[of, j]) & (j <= i + self.ahead)
+        for _ in range(6):
+            q = F.scaled_dot_product_attention(q, q, q, attn_mask=mask.expand(batch, -1, length, length))
+        return q
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_masks_of_any_batch_are_recognised_and_only_triangles(ahead: int) -> None:
+    """4,096 sequences of 512: the whole mask has 2**30 entries, and is the same for every sequence."""
+    program = traced(HeldMask(ahead), (torch.zeros(4096, 1, 512, 4, device="meta"),), "tp=2")
+    flags = [arguments(node)["is_causal"] for node in program.nodes("op") if "attention" in op_name(node)]
+    assert flags == [ahead == 0] * 6
+
+
+def test_constants_are_computed_exactly() -> None:
+    """Values with repeats are computed once and shown in full: sums, indices and types are those of the plain computation."""
+
+    def constant() -> torch.Tensor:
+        at = torch.arange(6, dtype=torch.int32)
+        steps = (at.unsqueeze(0).expand(4, -1).ne(3).cumsum(-1) * torch.full((), 2, dtype=torch.int64) + at).float()
+        return steps.expand(5, 4, 6).sum(0) / torch.full((4, 1), 3.0) + at.expand(4, 6)[:, ::2].repeat(1, 2)
+
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + constant()
+
+    program = traced(Adds(), (torch.zeros(4, 6),), "tp=2")
+    (last,) = [node for node in program.nodes("op") if not facts(node).is_constant]
+    known: dict = {}
+    assert torch.equal(evaluate(last.args[1], known), constant())
+    for node, value in known.items():
+        assert (tuple(value.shape), value.dtype) == (facts(node).value.shape, facts(node).value.dtype)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), (2, 8, 16, 16)),
+        (nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=True), (2, 8, 16, 16)),
+        (nn.Conv1d(8, 12, 5), (2, 8, 16)),
+        (nn.ConvTranspose2d(8, 12, 4, stride=2, groups=2), (2, 8, 6, 6)),
+        (nn.Conv3d(3, 4, 2), (1, 3, 4, 5, 6)),
+        (nn.Linear(8, 12), (2, 5, 8)),
+    ],
+)
+def test_work_is_what_torch_counts(op: nn.Module, shape: tuple[int, ...]) -> None:
+    """Against torch's own counter, two flops per product."""
+    x = torch.zeros(shape)
+    with FlopCounterMode(display=False) as counter:
+        op(x)
+    (node,) = traced(op, (x,), "a=2").nodes("op")
+    rule, equation = bound_rule(node)
+    call = call_of(node)
+    assert rule is not None
+    assert equation is not None
+    assert 2 * rule.products(equation.sizes, (*call.inputs, *call.outputs)) == counter.get_total_flops()
 
 
 def test_conversion_table_equals_single_routes() -> None:

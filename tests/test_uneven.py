@@ -344,7 +344,15 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 # Slow at computing, with links of no latency over which weights do not fit: what the solver splits like a large model.
-NARROW = Hardware("narrow", 1e9, 1e9, 1e12, 64, 1e7, 1e7, 1e-9, 1e-9)
+NARROW = Hardware.uniform(
+    "narrow",
+    flops_per_s=6e8,
+    memory_bytes_per_s=1e9,
+    memory_bytes=1e12,
+    link_bytes_per_s=1e7,
+    collective_latency_s=1e-9,
+    kernel_latency_s=1e-9,
+)
 UNEVEN = {"tok.weight": "S(0)@tp", "block.up.weight": "S(0)@tp", "block.down.weight": "S(1)@tp", "block.up.bias": "S(0)@tp"}
 
 

@@ -210,13 +210,7 @@ class ScatterShardings:
 
 def fresh(program: Program, mesh: MeshSpec) -> Program:
     """A copy of a traced program on another mesh."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        env[node] = graph.node_copy(node, lambda operand: env[operand])
-        env[node].name = node.name
-        set_facts(env[node], replace(facts(node)))
-    return replace(program, graph=graph, mesh=mesh, notes=[], stats={}, passes=[])
+    return program.on_mesh(mesh)
 
 
 def run_text(program: Program, held: Mapping[str, Any], arguments: Mapping[str, Tensor]) -> Simulation:

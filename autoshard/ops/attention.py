@@ -60,6 +60,7 @@ ROWS: dict[str, Rule] = {
             undrawn=frozenset("e"),
             bound="matmul",
             products=products,
+            backward=2.5,  # five products for two, one of which is done again (Dao: FlashAttention-2, 2023)
         ),
     ),
 }

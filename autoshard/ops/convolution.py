@@ -6,9 +6,10 @@ convolution, upsampling) by the stride: then every rank's window reaches equally
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
-from autoshard.ops.row import Call, Limited, Lowering, Rule, Sized, rows, spell
+from autoshard.ops.row import Call, Limited, Lowering, Rule, Sized, TensorInfo, rows, spell
 
 _SPACE = ("d", "h", "w")
 _AXES = {f"{letter}_in&{letter}_out": f"{name}_axes" for letter, name in zip(_SPACE, ("depth", "height", "width"), strict=True)}
@@ -67,6 +68,18 @@ def transposed_convolution(call: Call) -> Limited:
         reach = dilation[k] * (kernel[k] - 1)
         reaches.append(max((reach - padding[k]) // stride[k], -(-padding[k] // stride[k])) if result == length * stride[k] else None)
     return _convolution(call, *_space(call, space, reaches), "i", "o")
+
+
+def products(sizes: Mapping[str, int], values: Sequence[TensorInfo]) -> float:
+    """Multiplications of a convolution: every result reads one window of its group's channels."""
+    weight, result = values[1].shape, values[-1].shape
+    return math.prod(result) * math.prod(weight[1:])
+
+
+def transposed_products(sizes: Mapping[str, int], values: Sequence[TensorInfo]) -> float:
+    """Multiplications of a transposed convolution: every input is spread over one window of its group's results."""
+    given, weight = values[0].shape, values[1].shape
+    return math.prod(given) * math.prod(weight[1:])
 
 
 def _convolution(call: Call, source: str, result: str, links: str, limits: dict[str, int], rows_of_weight: str, columns: str) -> Limited:
@@ -172,11 +185,16 @@ _IN = {f"{link.partition('&')[0]}": keyword for link, keyword in _AXES.items()}
 ROWS: dict[str, Rule] = {
     **rows(
         "conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding",
-        Rule(convolution, Lowering("conv", {**_AXES, "g": "group_axes"}, ordered=_ORDERED), bound="matmul"),
+        Rule(convolution, Lowering("conv", {**_AXES, "g": "group_axes"}, ordered=_ORDERED), bound="matmul", products=products),
     ),
     **rows(
         "conv_transpose1d conv_transpose2d.input conv_transpose3d.input",
-        Rule(transposed_convolution, Lowering("conv_transpose", {**_AXES, "g": "group_axes"}, ordered=_ORDERED), bound="matmul"),
+        Rule(
+            transposed_convolution,
+            Lowering("conv_transpose", {**_AXES, "g": "group_axes"}, ordered=_ORDERED),
+            bound="matmul",
+            products=transposed_products,
+        ),
     ),
     **rows("max_pool1d max_pool2d max_pool3d", Rule(max_pooling, Lowering("max_pool", _AXES, ordered=_ORDERED))),
     **rows("avg_pool1d avg_pool2d avg_pool3d", Rule(avg_pooling, Lowering("avg_pool", _AXES, ordered=_ORDERED))),

@@ -81,6 +81,7 @@ class Rule:
     bound: Literal["matmul", "memory"] = "memory"
     # multiplications of a call that is matmul bound, from the sizes of its factors and its operands and results
     products: Callable[[Mapping[str, int], Sequence[TensorInfo]], float] = lambda sizes, values: math.prod(sizes.values())
+    backward: float | None = None  # seconds of all gradients per second forward, where it is not one for each operand
 
     def bind(self, call: Call) -> Equation:
         """The equation bound to the shapes of `call`. Raises RuleError when it does not fit."""

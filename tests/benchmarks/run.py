@@ -1,20 +1,18 @@
-"""Measure how fast plans are made and what they are predicted to cost; writes docs/benchmarks/planning.md.
+"""Measure how fast plans are made and what they are predicted to cost; writes the pages of docs/benchmarks.
 
-python tests/benchmarks/run.py             what `make bench` runs; needs no GPU, a few minutes
-python tests/benchmarks/run.py --repeats 1 --out FOLDER
+python tests/benchmarks/run.py             what `make bench` runs: planning.md, then plan_speed.md, plan_quality.md and prediction.md by
+                                           the scripts of these names; needs no GPU, about half an hour
+python tests/benchmarks/run.py --repeats 1 --out FOLDER --pages planning
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +20,17 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests/benchmarks")]
 
 from gpt import GPT, GPTConfig  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
+from page import OUT, heading, table, write  # noqa: E402
 
 import autoshard  # noqa: E402
 from autoshard.text import human_bytes, human_seconds  # noqa: E402
 
 TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
+PAGES = ("planning", "plan_speed", "plan_quality", "prediction")
 PHASES = ("trace", "build", "solve", "emit")
 
 
@@ -107,20 +107,10 @@ def quality_table(key: str) -> tuple[list[str], list[list[str]]]:
     return ["", "predicted step", "against auto", "kept by a rank", *kinds], rows
 
 
-def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *rows]]
-
-
 def report(repeats: int) -> str:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     columns = ["model", "mesh", "nodes", *(f"{phase}, s" for phase in PHASES), "peak RSS", "objective", "bound"]
     lines = [
-        "# Planning",
-        "",
-        f"{date.today().isoformat()}; autoshard {version}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}.",
-        "Written by `make bench` (tests/benchmarks/run.py).",
-        "",
+        *heading("Planning", "tests/benchmarks/run.py"),
         "## How long a plan takes",
         "",
         f"Template `auto`, models on the meta device, each plan in a fresh process; medians of {repeats}. `nodes` counts those of the",
@@ -140,18 +130,21 @@ def report(repeats: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure planning, write docs/benchmarks/planning.md.")
+    parser = argparse.ArgumentParser(description="Measure planning, write the pages of docs/benchmarks.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks")
+    parser.add_argument("--pages", nargs="*", choices=PAGES, default=PAGES)
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--once", nargs=2, metavar=("CASE", "TEMPLATE"), help="one plan, its stats as JSON")
     args = parser.parse_args()
     if args.once:
         print(json.dumps(plan_once(CASES[args.once[0]], args.once[1])))
         return
-    text = report(args.repeats)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "planning.md").write_text(text)
-    print(f"\nWritten to {args.out}/planning.md")
+    for page in args.pages:
+        if page == "planning":
+            write(args.out, "planning.md", report(args.repeats))
+        else:
+            subprocess.run([sys.executable, str(Path(__file__).with_name(f"{page}.py")), "--out", str(args.out)], check=True)
+        print(f"\nWritten to {args.out}/{page}.md", flush=True)
 
 
 if __name__ == "__main__":

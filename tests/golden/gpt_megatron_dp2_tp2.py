@@ -4,7 +4,7 @@ Passes: trace_model, normalize_graph, draw_whole, fold_constants, annotate_shard
 """
 
 import torch
-from autoshard_runtime import Program, all_gather, all_gather_invariant, all_reduce_invariant, cross_entropy, embedding, keep_first_invariant, slice_varying, vary
+from autoshard_runtime import Program, all_gather, all_gather_invariant, all_reduce_invariant, cross_entropy, embedding, keep_first_invariant, slice_invariant, slice_varying, vary
 
 aten = torch.ops.aten
 
@@ -48,14 +48,12 @@ class Rank(Program):
     }
 
     def constants(self):
-        dp, tp = self.axes
         arange = aten.arange.default(16, device=self.device, pin_memory=False)                            # i64[16]  R@dp R@tp
-        arange_slice_varying = slice_varying(arange, dp, 0)                                               # i64[8]  S(0)@dp R@tp   slice
-        return {"arange_slice_varying": arange_slice_varying}
+        return {"arange": arange}
 
     def forward(self, ids, labels):
         dp, tp = self.axes
-        arange_slice_varying = self.constant("arange_slice_varying")
+        arange = self.constant("arange")
         head_weight = self.tensor("head.weight")                                                          # f32[32, 32]  I@dp S(0)@tp
         head_weight_vary = vary(head_weight, dp)                                                          # f32[32, 32]  R@dp S(0)@tp   identity; backward all_reduce
         head_weight_all_gather_invariant = all_gather_invariant(head_weight_vary, tp, 0)                  # f32[64, 32]  R@dp I@tp   all_gather; backward slice
@@ -64,14 +62,14 @@ class Rank(Program):
         # ---- tok (Embedding)
         # gpt.py:94  x = self.drop(self.tok(ids) + self.pos(positions))
         tok_embedding = aten.embedding.default(head_weight_all_gather_invariant, ids_slice_varying)       # f32[2, 16, 32]  S(0)@dp I@tp
-        pos_weight = self.tensor("pos.weight")                                                            # f32[8, 32]  I@dp S(0)@tp
-        pos_weight_vary = vary(pos_weight, dp)                                                            # f32[8, 32]  R@dp S(0)@tp   identity; backward all_reduce
         del ids_slice_varying
         # ---- pos (Embedding)
-        pos_embedding = embedding(pos_weight_vary, arange_slice_varying, row_axes=(tp,))                  # f32[8, 32]  S(0)@dp P@tp
-        pos_embedding_all_reduce_invariant = all_reduce_invariant(pos_embedding, tp)                      # f32[8, 32]  S(0)@dp I@tp   all_reduce; backward identity
+        pos_weight = self.tensor("pos.weight")                                                            # f32[8, 32]  I@dp S(0)@tp
+        pos_embedding = embedding(pos_weight, arange, row_axes=(tp,))                                     # f32[16, 32]  I@dp P@tp
+        pos_embedding_slice_invariant = slice_invariant(pos_embedding, dp, 0)                             # f32[8, 32]  S(0)@dp P@tp   slice; backward all_gather
+        pos_embedding_all_reduce_invariant = all_reduce_invariant(pos_embedding_slice_invariant, tp)      # f32[8, 32]  S(0)@dp I@tp   all_reduce; backward identity
         pos_embedding_all_gather = all_gather(pos_embedding_all_reduce_invariant, dp, 0)                  # f32[16, 32]  R@dp I@tp   all_gather; backward reduce_scatter
-        del pos_weight_vary, arange_slice_varying, pos_embedding, pos_embedding_all_reduce_invariant
+        del arange, pos_embedding, pos_embedding_slice_invariant, pos_embedding_all_reduce_invariant
         # ---- the model itself (GPT)
         add = tok_embedding + pos_embedding_all_gather                                                    # f32[2, 16, 32]  S(0)@dp I@tp
         del tok_embedding, pos_embedding_all_gather

@@ -28,6 +28,7 @@ from llama import Llama, LlamaConfig  # noqa: E402
 from processes import run_on_ranks  # noqa: E402
 
 import autoshard  # noqa: E402
+from autoshard.conversions import BY_NAME, WIRE  # noqa: E402
 from autoshard.costs import CostModel  # noqa: E402
 from autoshard.placements import shard  # noqa: E402
 from autoshard.program import facts  # noqa: E402
@@ -328,8 +329,9 @@ def communication_s(plan: autoshard.Plan) -> float:
     for node in plan.program.nodes("conversion"):
         if facts(node).is_constant:
             continue
-        rate = costs.axis_rates[plan.mesh.index(str(node.args[1]))]
-        total += sum(plan.hardware.collective_latency_s + sent / rate for sent in wire_bytes(plan.program, node, costs) if sent)
+        axis, row = plan.mesh.index(str(node.args[1])), BY_NAME[node.target.__name__]
+        for name, sent in zip((row.forward, row.backward), wire_bytes(plan.program, node, costs), strict=True):
+            total += costs.collective_s(name, axis, sent / WIRE[name](plan.mesh.shape[axis])) if sent else 0.0
     return total
 
 
