@@ -30,7 +30,7 @@ from autoshard.program import Program, facts, native_layout, producer, tensor_op
 from autoshard.solver import Problem
 
 Value = tuple[fx.Node, int]  # a producing node and the number of its output
-_MANY_LAYOUTS = 200  # of one value: above (on three axes), it is offered in one layout only
+_MANY_LAYOUTS = 200  # of one value: above, on three axes, it is offered in one layout only
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class SearchSpace:
         shared = [want for want, count in seen.items() if count > 1 and P not in want]
         alone = dict.fromkeys([*natives, *shared])
         both = []
-        if len(alone) <= _MANY_LAYOUTS:
+        if self.program.mesh.ndim < 3 or len(alone) <= _MANY_LAYOUTS:
             both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
         return [*map(Supply, alone), *both]
 
