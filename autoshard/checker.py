@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from autoshard import runtime
+from autoshard.branches import branch_faults, tie_faults
 from autoshard.candidates import (
     Mask,
     base,
@@ -46,7 +47,7 @@ def check(program: Program) -> None:
             faults += found
             if key is not None and not found:
                 sound.add(key)
-    faults += _region_faults(program)
+    faults += [*_region_faults(program), *branch_faults(program)]
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
@@ -75,7 +76,7 @@ def _region_faults(program: Program) -> Iterator[str]:
             yield f"{node.name}: goes on with region {number}, which ended at {seen[number].name}"
         if number is not None:
             seen[number] = node
-            if facts(node).role not in ("op", "conversion", "projection") or facts(node).is_constant:
+            if facts(node).role not in ("op", "conversion", "tie", "projection") or facts(node).is_constant:
                 yield f"{node.name}: a {facts(node).role} cannot be recomputed"
         before = number
 
@@ -104,7 +105,7 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
     check_role = {"op": _op_faults, "conversion": _conversion_faults, "mask": _mask_faults, "projection": _projection_faults}.get(
         known.role, _placeholder_faults
     )
-    yield from check_role(program, node, known)
+    yield from tie_faults(node) if known.role == "tie" else check_role(program, node, known)
 
 
 def _leaving_faults(program: Program, operand: fx.Node) -> Iterator[str]:

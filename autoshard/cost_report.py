@@ -18,7 +18,6 @@ from rich.table import Table
 from torch import fx
 
 from autoshard.candidates import bound_rule, layouts_of
-from autoshard.constraints import pins_of
 from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
 from autoshard.costs import CostModel, optimizer_cost, split_of
 from autoshard.equations import Equation
@@ -230,21 +229,19 @@ class CostReport:
     """Predicted costs of one plan, per rank and step.
 
     rows: one per kind of work of each node, in the order of the program. Those computed once (is_per_step False) are shown
-    and not summed. objective_s: what the search minimised. It leaves out what it decided beforehand (`decided_s`: nodes that
-    depend on inputs alone), and charges a conversion to every reader though the program makes it once (`shared_s`), so that
-    total_s = objective_s + decided_s - shared_s.
+    and not summed. objective_s: what the search minimised. It may charge a conversion of a pinned value to every reader though
+    the program makes it once (`shared_s`), so that total_s = objective_s - shared_s.
     """
 
     plan: Plan
     program: Program
     rows: tuple[CostRow, ...]
     objective_s: float
-    decided_s: float
 
     @property
     def shared_s(self) -> float:
         """Seconds of conversions that the search charged more than once."""
-        return self.objective_s + self.decided_s - self.total_s
+        return self.objective_s - self.total_s
 
     @property
     def total_s(self) -> float:
@@ -309,12 +306,9 @@ class CostReport:
     @property
     def account(self) -> str:
         """How the total and what the search minimised differ, in words; "" where they do not."""
-        parts = []
-        if self.decided_s > 1e-9 * self.total_s:
-            parts.append(f"{human_seconds(self.decided_s)} of it depends on inputs alone and was not searched")
-        if abs(self.shared_s) > 1e-9 * self.total_s:
-            parts.append(f"the search minimised {human_seconds(self.objective_s)}: it charges a shared conversion to each of its readers")
-        return "; ".join(parts)
+        if abs(self.shared_s) <= 1e-9 * self.total_s:
+            return ""
+        return f"the search minimised {human_seconds(self.objective_s)}: it charges a shared conversion to each of its readers"
 
     def __rich__(self) -> Table:
         return self.table()
@@ -328,28 +322,7 @@ def price(plan: Plan, program: Program | None = None) -> CostReport:
     program = program or plan.program
     pricer = Pricer(program, CostModel(program.mesh, plan.hardware))
     rows = tuple(pricer.rows())
-    decided = decided_nodes(program, plan.constraints)
-    decided_s = sum(row.total_s for node in decided for row in pricer.of(node) if row.is_per_step)
-    return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan), decided_s)
-
-
-def decided_nodes(program: Program, constraints: Mapping[str, str]) -> list[fx.Node]:
-    """Nodes that the search does not vary: ops computed from inputs and constants alone that nothing pins, and their conversions."""
-    asked = pins_of(program, {pattern: text for pattern, text in constraints.items() if pattern.startswith("split:")})
-    found: dict[fx.Node, None] = {}
-    for node in program.nodes("input", "buffer", "op", "projection"):
-        known = facts(node)
-        is_pinned = node in asked or (known.role == "op" and (known.is_pinned or any(facts(user).is_pinned for user in node.users)))
-        reads = [source_of_value(operand) for operand in (tensor_operands(node) if known.role == "op" else node.all_input_nodes)]
-        if known.is_constant or (not known.needs_grad and not is_pinned and all(operand in found for operand in reads)):
-            found[node] = None
-    for node in program.nodes("conversion", "mask"):
-        source = source_of_value(node)
-        searched = any(facts(user).role == "op" and user not in found for user in readers_of(node))
-        is_on_way_in = facts(source).role == "input" and facts(source).is_pinned and _leads_to_hub(node, facts(source).hub)
-        if source in found and (not searched or is_on_way_in):
-            found[node] = None
-    return [node for node in found if facts(node).role in ("op", "conversion", "mask")]
+    return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan))
 
 
 def source_of_value(node: fx.Node) -> fx.Node:
@@ -366,8 +339,3 @@ def readers_of(node: fx.Node) -> Iterator[fx.Node]:
             yield from readers_of(user)
         else:
             yield user
-
-
-def _leads_to_hub(node: fx.Node, hub: Layout | None) -> bool:
-    """Whether a conversion stands between an input as it is given and the layout that it is pinned to."""
-    return facts(node).layout == hub or any(facts(user).role == "conversion" and _leads_to_hub(user, hub) for user in node.users)

@@ -147,7 +147,8 @@ class CostModel:
 
         call: the use of the op, by which a measured time is found where the hardware has one.
         """
-        if name.startswith("aten.") and name[5:].startswith(_IS_VIEW) and "_scatter" not in name:
+        is_view = name.startswith("aten.") and name[5:].startswith(_IS_VIEW) and "_scatter" not in name
+        if is_view or name == "either":
             return 0.0, 0.0
         sizes = [self.local_bytes(value, layout) for value, layout in zip(values, layouts, strict=True)]
         moved = sum(sizes)

@@ -38,7 +38,7 @@ def fuse_experts(program: Program) -> None:
         name = f"{source.module.replace('.', '_')}_experts_".lstrip("_")
         with program.graph.inserting_before(node):
             fused = program.graph.create_node("call_function", runtime.experts, operands, {"activation": activation}, name=name)
-        set_facts(fused, Facts("op", facts(node).values, source=source))
+        set_facts(fused, Facts("op", facts(node).values, source=source, branch=facts(node).branch))
         node.replace_all_uses_with(fused)
 
 

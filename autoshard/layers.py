@@ -59,8 +59,8 @@ def _numbered(path: str) -> list[str]:
 
 
 def _may_run_again(layer: Layer) -> bool:
-    """Whether some op has a gradient, and no buffer is read that the model writes otherwise than as running statistics."""
-    if not any(facts(node).needs_grad for node in layer.nodes):
+    """Whether some op has a gradient, none stands in a branch, and a buffer that the model writes is read as running statistics alone."""
+    if not any(facts(node).needs_grad for node in layer.nodes) or any(facts(node).branch for node in layer.nodes):
         return False
     for node in layer.nodes:
         for buffer in (operand for operand in node.all_input_nodes if facts(operand).role == "buffer"):

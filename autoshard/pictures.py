@@ -182,7 +182,7 @@ def _contract(program: Program, homes: Mapping[fx.Node, str], first: Mapping[fx.
     for node in list(classes.head):
         operands, role = classes.operands(node), facts(node).role
         is_update = bool(node.users) and all(facts(user).role == "update" for user in node.users) and role == "op"
-        if operands and (role == "projection" or _is_view(node)):
+        if operands and (role in ("projection", "tie") or _is_view(node)):
             classes.merge(operands[0], node)
         elif role == "conversion":
             classes.merge(named.setdefault((node.target, node.args[1], operands[0]), node), node)

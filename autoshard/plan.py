@@ -19,11 +19,13 @@ from autoshard.costs import CostModel
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
+from autoshard.memory import Memory, device_type_of, memory_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
+from autoshard.rehearsal import DeviceType, MakeOptimizer
 from autoshard.resolving import Resolver
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
 from autoshard.traffic import traffic
@@ -123,6 +125,15 @@ class Plan:
         if not 0 <= rank < self.mesh.size:
             raise PlanError(f"rank {rank} is not on mesh {self.mesh}, which has ranks 0 to {self.mesh.size - 1}")
         return self.program.source
+
+    def memory(self, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType | None = None) -> Memory:
+        """Predicted bytes of one rank in one training step: the peak, the curve over the step, and whose the bytes are.
+
+        optimizer: "sgd", "sgd_momentum", "adam", "adamw", "adafactor", a function from a list of parameters to a torch optimizer
+        (which may set foreach=True, say), or None for inference. device: whose kernels and allocator, "cpu" or "cuda"; by default
+        what the plan's hardware is. Some seconds for a model of thousands of ops. Raises InputError, PlanError.
+        """
+        return memory_of(self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name)
 
     def graph(self, level: str = "modules") -> graphviz.Digraph:
         """The partitioned graph as a graphviz.Digraph; `level` is "modules" or "ops"."""

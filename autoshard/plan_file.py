@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from autoshard import runtime
 from autoshard.autocast import Autocast
 from autoshard.equations import Strategy
 from autoshard.errors import AutoshardError, PlanError
@@ -27,7 +28,7 @@ from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Placement, format_layout, parse_layout
-from autoshard.plan_schema import FUNCTIONS, check_body, check_facts, check_node, check_spec, check_symbols, require
+from autoshard.plan_schema import FUNCTIONS, check_body, check_cond, check_facts, check_node, check_spec, check_symbols, require
 from autoshard.program import Facts, Program, Source, facts, set_facts
 from autoshard.symbolic import Real, Size, Symbol, evaluate, parse
 from autoshard.torch_internals import pytree
@@ -135,6 +136,8 @@ def _read_program(body: dict[str, Any]) -> Program:
         check_facts(entry["facts"], mesh)
         set_facts(node, _read_facts(entry["facts"], mesh, program.symbols))
         check_node(node.op, node.target, node.kwargs, facts(node), mesh)
+        if node.target in (runtime.either, runtime.zero_gradients):
+            check_cond(node.target, node.args)
     program.is_typed = program.is_localized = True
     return program
 
@@ -256,6 +259,7 @@ def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
         "random_axes": known.random_axes,
         "autocast": [[region.device, str(region.dtype).removeprefix("torch.")] for region in known.autocast],
         "recompute": known.recompute,
+        "branch": known.branch,
         "source": [_one_line(part) for part in dataclasses.astuple(known.source)],
     }
     for name in ("name", "site", "is_constant", "is_persistent", "is_pinned", "is_drawn_whole"):
@@ -280,6 +284,7 @@ def _read_facts(body: dict[str, Any], mesh: MeshSpec, symbols: Mapping[str, Symb
     known.random_axes = None if body["random_axes"] is None else tuple(body["random_axes"])
     known.autocast = tuple(Autocast(device, _dtype(dtype)) for device, dtype in body["autocast"])
     known.recompute, known.is_drawn_whole = body["recompute"], body["is_drawn_whole"]
+    known.branch = tuple((number, side) for number, side in body["branch"])
     known.site, known.is_constant, known.is_persistent, known.is_pinned = (
         body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned")
     )

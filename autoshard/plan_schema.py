@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
+from torch import fx
 
 from autoshard import autocast, runtime
 from autoshard.conversions import BY_NAME, PADDING
@@ -23,11 +24,11 @@ from autoshard.ops import RULES, lowerings
 from autoshard.program import Facts, Role
 from autoshard.symbolic import name_fault
 
-FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *PADDING, *lowerings())}
+FUNCTIONS = {name: getattr(runtime, name) for name in (*BY_NAME, *PADDING, *lowerings(), "either", "zero_gradients")}
 _KINDS = {
     "placeholder": {"parameter", "buffer", "input"},
     "output": {"output"},
-    "call_function": {"op", "conversion", "mask", "projection", "update"},
+    "call_function": {"op", "conversion", "mask", "tie", "projection", "update"},
 }
 _BITWISE = {f"aten.__{name}__" for name in ("and", "or", "xor", "lshift", "rshift")}  # ops that torch calls so
 _FACTS = {"name": str, "site": int, "is_constant": bool, "is_persistent": bool, "is_pinned": bool, "is_drawn_whole": bool}
@@ -109,6 +110,9 @@ def check_facts(body: Mapping[str, Any], mesh: MeshSpec) -> None:
     require(set(devices) <= set(autocast.DEVICES) and devices == sorted(set(devices)), f"autocast is {body['autocast']!r}")
     number = body["recompute"]
     require(number is None or (type(number) is int and number > 0), f"recompute is {number!r}")
+    steps = body["branch"]
+    is_path = all(len(step) == 2 and type(step[0]) is int and step[0] > 0 and type(step[1]) is bool for step in steps)
+    require(type(steps) is list and is_path, f"branch is {steps!r}")
     module, module_class, call, file, line, text = body["source"]
     require(all(map(is_line, (module, module_class, call, file, text))) and type(line) is int, "where a node comes from")
     for shape, _, needs_grad in body["values"]:
@@ -141,6 +145,7 @@ def check_node(kind: str, target: Any, kwargs: Mapping[str, Any], known: Facts, 
     writes = target is torch.ops.aten.copy_.default
     is_mask = target is runtime.mask_padding
     expected = {"projection": target is operator.getitem, "conversion": name in BY_NAME and not is_op, "mask": is_mask, "update": writes}
+    expected["tie"] = target is runtime.zero_gradients
     if known.role != "op":
         require(expected[known.role], f"a {known.role} calls {name}")
     elif known.op is None:
@@ -152,6 +157,13 @@ def check_node(kind: str, target: Any, kwargs: Mapping[str, Any], known: Facts, 
     for keyword, value in kwargs.items():
         require(keyword in names, f"{name} has no argument {keyword!r}")
         require(not keyword.endswith("_axes") or set(value) <= set(mesh.axes), f"{keyword} of {name} are {value!r}")
+
+
+def check_cond(target: Any, args: tuple) -> None:
+    """Whether what gives the result of a cond, or its gradients of zero, has the arguments that they have. Raises PlanError."""
+    nodes, rest = args[: 3 if target is runtime.either else None], args[3:] if target is runtime.either else (1,)
+    require(all(isinstance(node, fx.Node) for node in nodes), f"{target.__name__} takes values of the program")
+    require(len(nodes) > 1 and len(rest) == 1 and type(rest[0]) is int, f"{target.__name__} is called with {args!r}")
 
 
 def check_source(text: str) -> None:

@@ -18,7 +18,10 @@ from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import I, Layout, R
 from autoshard.symbolic import Size, Symbol, at, sizes_in
 
-Role = Literal["parameter", "buffer", "input", "op", "conversion", "mask", "projection", "update", "output"]
+Role = Literal["parameter", "buffer", "input", "op", "conversion", "mask", "tie", "projection", "update", "output"]
+# A branch of torch.cond that a node stands in: the number of the cond and which of its two branches, for conds inside each
+# other the outermost first; empty outside of all.
+Branch = tuple[tuple[int, bool], ...]
 META_KEY = "autoshard"
 _STRANGERS = (3, 5, 7, 11, 13, 17)
 
@@ -49,9 +52,9 @@ class Facts:
     hub: a layout the value is converted to once for several users; the only one they may read from when is_pinned.
     op: the op that a lowering stands for. is_drawn_whole: a random op that every rank computes whole, from torch's default
     generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
-    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. gathers_again:
-    copies of this weight that are gathered for an op are not kept for backward, which gathers them again. number: what a traced
-    node computes that is no tensor but a size.
+    runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. branch: the branches of torch.cond
+    that it stands in. gathers_again: copies of this weight that are gathered for an op are not kept for backward, which gathers
+    them again. number: what a traced node computes that is no tensor but a size.
     """
 
     role: Role
@@ -72,6 +75,7 @@ class Facts:
     autocast: autocast.State = ()
     recompute: int | None = None
     gathers_again: bool = False
+    branch: Branch = ()
     number: int | float | None = None
 
     @property

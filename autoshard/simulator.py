@@ -17,6 +17,7 @@ from torch import fx
 from torch.autograd.function import once_differentiable
 
 from autoshard import autocast, runtime
+from autoshard.branches import is_either, predicates, runs, taken
 from autoshard.mesh import MeshSpec
 from autoshard.placements import padded_axes, shard, unshard
 from autoshard.program import Program, facts, is_of_runtime
@@ -282,8 +283,15 @@ def _run_nodes(
     simulation = Simulation(program)
     env: dict[fx.Node, Any] = {}
     axes = {name: SimulatedAxis(program.mesh, name) for name in program.mesh.axes}
+    conds = predicates(program)
+
+    def holds(predicate: fx.Node) -> bool:
+        return any(bool(value) for value in env[predicate].values)
+
     for node in program.graph.nodes:
         known = facts(node)
+        if not runs(node, conds, holds):
+            continue
         if known.role == "output":
             simulation.outputs = list(fx.map_arg(node.args[0], lambda n: env[n]))
             break
@@ -292,6 +300,8 @@ def _run_nodes(
             held = given if isinstance(given, Ranks) else _spread(given, node, program)
             (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = held
             env[node] = _padded(held, node, program, axes)
+        elif is_either(node):
+            env[node] = env[taken(node, holds)]
         else:
             with autocast.entered(known.autocast):
                 env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed)
@@ -315,6 +325,8 @@ def _padded(x: Ranks, node: fx.Node, program: Program, axes: Mapping[str, Simula
 def _run_node(program: Program, node: fx.Node, axes: Mapping[str, SimulatedAxis], lookup: Callable, seed: int | None) -> Any:
     known, target = facts(node), node.target
     args, kwargs = lookup(node.args), lookup(node.kwargs)
+    if known.role == "tie":
+        return Ranks.apply(target, args, kwargs)  # type: ignore[arg-type]
     if is_of_runtime(target):
         args = tuple(axes[a] if isinstance(a, str) and a in axes else a for a in args)
         kwargs = {k: tuple(axes[a] for a in v) if k.endswith("_axes") else v for k, v in kwargs.items()}

@@ -2,8 +2,8 @@
 
 Every pass works at the sizes of the example. A `Size` is such an integer, so rules, search and costs see plain numbers; it
 carries an expression in named symbols (`batch // 2`), which survives in shapes and arguments, is what emitted programs
-compute and what plan files hold. One text serves all three, and a small reader evaluates it: `+ - * // % /`, powers, max
-and min over integers and symbols, nothing else.
+compute and what plan files hold. One text serves all three, and a small reader evaluates it: `+ - * // % /`, powers, max,
+min and `a if b > c else d` over integers and symbols, nothing else.
 
 Why a plan that was made at one size holds at another: docs/decisions/007-dynamic-sizes.md.
 """
@@ -32,6 +32,14 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mod: operator.mod,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
+}
+_COMPARED: dict[type, tuple[Callable[[Any, Any], bool], type]] = {
+    ast.Eq: (operator.eq, sympy.Eq),
+    ast.NotEq: (operator.ne, sympy.Ne),
+    ast.Lt: (operator.lt, sympy.Lt),
+    ast.LtE: (operator.le, sympy.Le),
+    ast.Gt: (operator.gt, sympy.Gt),
+    ast.GtE: (operator.ge, sympy.Ge),
 }
 _EXPONENTS = (2, 3, 4, 0.5, -0.5, -1, -2)
 
@@ -117,6 +125,12 @@ class _Printer(StrPrinter):
     def _print_Min(self, expr: Any) -> str:
         return f"min({', '.join(sorted(map(self._print, expr.args)))})"
 
+    def _print_Piecewise(self, expr: Any) -> str:
+        *pairs, (text, _) = [(self._factor(value), condition) for value, condition in expr.args]
+        for value, condition in reversed(pairs):
+            text = f"({value} if {self._factor(condition.lhs)} {condition.rel_op} {self._factor(condition.rhs)} else {text})"
+        return text
+
     def _print_Float(self, expr: Any) -> str:
         return repr(float(expr))
 
@@ -176,8 +190,19 @@ def evaluate(text: str, values: Mapping[str, Any]) -> Any:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("max", "min") and not node.keywords:
             chosen = {"max": (max, sympy.Max), "min": (min, sympy.Min)}[node.func.id][not is_number]
             return chosen(*map(walk, node.args))
+        if isinstance(node, ast.IfExp) and isinstance(node.test, ast.Compare):
+            return choose(node, node.test)
         known = ", ".join(values) or "no symbols"
         raise PlanError(f"cannot read the expression {text!r} of a size; it may hold numbers, {known} and + - * // %")
+
+    def choose(node: ast.IfExp, test: ast.Compare) -> Any:
+        if len(test.ops) > 1 or type(test.ops[0]) not in _COMPARED:
+            raise PlanError(f"cannot read the expression {text!r} of a size: it may compare two numbers")
+        holds, relation = _COMPARED[type(test.ops[0])]
+        left, right, first, second = map(walk, (test.left, test.comparators[0], node.body, node.orelse))
+        if is_number:
+            return first if holds(left, right) else second
+        return sympy.Piecewise((first, relation(left, right)), (second, True))
 
     try:
         return walk(_parsed(text))
@@ -229,6 +254,7 @@ _REBUILT: dict[str, Callable[..., sympy.Expr]] = {
     "ToFloat": lambda a: a,
     "IntTrueDiv": lambda a, b: a / b,
     "FloatTrueDiv": lambda a, b: a / b,
+    "OpaqueUnaryFn_sqrt": lambda a: sympy.Pow(a, sympy.Float(0.5)),
 }
 
 
@@ -263,10 +289,19 @@ class SizeReader:
             return positive(self.names[expr])
         if not expr.args:
             return expr
+        if isinstance(expr, sympy.Piecewise):  # torch.sym_ite
+            return sympy.Piecewise(*((self.rebuild(value), self._condition(condition)) for value, condition in expr.args))
         make = _REBUILT.get(type(expr).__name__)
         if make is None or (type(expr).__name__.endswith(("Pow", "PowByNatural")) and expr.args[1] not in _EXPONENTS):
             raise TraceError(f"the size {expr} is computed in a way that programs cannot: {type(expr).__name__}")
         return make(*map(self.rebuild, expr.args))
+
+    def _condition(self, condition: Any) -> Any:
+        if condition == sympy.true:
+            return sympy.true
+        if type(condition) in [relation for _, relation in _COMPARED.values()]:
+            return type(condition)(*map(self.rebuild, condition.args))
+        raise TraceError(f"a size depends on {condition}, which programs cannot compute; compare two sizes there")
 
 
 def sizes_in(tree: Any) -> Iterator[Size | Real]:

@@ -7,12 +7,17 @@ import copy
 import inspect
 import linecache
 import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+# TransformGetItemToIndex: lets `table[head]` be indexed by a tensor under vmap. If it moves: score functions of flex_attention
+# that read tables cannot be traced.
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 # non_strict_utils: where export makes the environment of its symbolic sizes, see record_size_guards.
 from torch._export import non_strict_utils
@@ -32,12 +37,20 @@ from torch.distributed.tensor.placement_types import _StridedShard
 # annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
 from torch.fx import traceback as fx_traceback
 
+# The modes of a trace, to step out of it: see untraced.
+from torch.fx.experimental import proxy_tensor
+
 # ShapeEnv, DimDynamic: integers that keep their expression, see new_symbolic_integer. If they move: symbolic costs of lowered ops.
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 # _pytree's TreeSpec text form: the public torch.utils._pytree has no public spelling yet. If it moves: Plan.save and Plan.load.
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpoint_module
+
+# _disable_current_modes: nothing public leaves dispatch modes for a while. If it moves: plan.memory.
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autoshard.errors import TraceError
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -46,19 +59,33 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "_StridedShard",
+    "branch_of",
+    "call_flex_attention",
+    "convolution_kernel",
     "fake_copy",
     "fake_mode",
+    "holders",
     "is_in_backward",
+    "keep_branches",
     "keep_nested_no_grad",
     "let_segments_be_read",
     "local_of",
     "new_symbolic_integer",
+    "ops_seen_by_autograd",
+    "outside_modes",
+    "plain_ops",
     "pytree",
     "record_lost_backwards",
     "record_size_guards",
     "region_of",
+    "replaced",
+    "result_of",
+    "running_gradient",
+    "running_gradient_number",
     "spell_out_keywords",
     "tag_checkpoints",
+    "untraced",
+    "users_line",
 ]
 
 
@@ -95,7 +122,7 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
     kind: "Tensor.register_hook", "torch.autograd.grad", or the name of a custom autograd.Function. Patches all three. If they
     move: test_errors fails.
     """
-    apply, where = vars(torch.autograd.Function)["apply"], _users_line
+    apply, where = vars(torch.autograd.Function)["apply"], users_line
 
     def recording_apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
@@ -121,7 +148,7 @@ def record_lost_backwards(found: Callable[[str, str], Any]) -> Iterator[None]:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
-def _users_line() -> str:
+def users_line() -> str:
     frames = [f for f in traceback.extract_stack() if not any(part in f.filename for part in ("/torch/", "/autoshard/", "/passes/"))]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
 
@@ -156,7 +183,7 @@ def tag_checkpoints(selective: Callable[[str], Any] = lambda where: None) -> Ite
     def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
         contexts = kwargs.get("context_fn", next((a for a in args[2:3] if callable(a)), module.noop_context_fn))
         if contexts is not module.noop_context_fn:
-            selective(_users_line())
+            selective(users_line())
         with tagged():
             yield
 
@@ -203,6 +230,128 @@ def keep_nested_no_grad() -> Iterator[None]:
         yield
     finally:
         set_grad_pass._is_set_grad_enabled_sub_mod = original
+
+
+_BRANCH, _RESULT = "autoshard_branch", "autoshard_result"
+
+
+@contextlib.contextmanager
+def keep_branches() -> Iterator[None]:
+    """While the block runs, torch.cond calls both of its functions, and nodes traced there carry the branch they belong to.
+
+    Traced as torch does it, through dynamo, branches would lose module names, source lines and, silently, the backward of
+    custom autograd.Functions. What the functions return is joined by torch.where, whose nodes carry the number of the cond.
+    Within tag_checkpoints. Replaces the code of torch.cond. If it moves: test_branches fails.
+    """
+    count = 0
+
+    def both(original: Callable, pred: Any, true_fn: Callable, false_fn: Callable, operands: Any = ()) -> Any:
+        nonlocal count
+        if not isinstance(pred, torch.Tensor):
+            return (true_fn if pred else false_fn)(*operands)
+        if pred.dtype != torch.bool or pred.numel() != 1:
+            raise TraceError(f"torch.cond at {users_line()} takes a predicate of one bool, got {pred.dtype} of shape {list(pred.shape)}")
+        count += 1
+        number, pred = count, pred.reshape(()) if pred.dim() else pred
+        outer = fx_traceback.current_meta.get("custom", {}).get(_BRANCH, ())
+        found = []
+        for side, function in ((True, true_fn), (False, false_fn)):
+            with fx_traceback.annotate({_BRANCH: (*outer, (number, side))}):
+                found.append(pytree.tree_flatten(function(*operands)))
+        (first, spec), (second, other) = found
+        if spec != other:
+            raise TraceError(f"the branches of torch.cond at {users_line()} return different structures: {spec} and {other}")
+        with fx_traceback.annotate({_RESULT: number}):
+            return pytree.tree_unflatten([_joined(pred, *pair) for pair in zip(first, second, strict=True)], spec)
+
+    with replaced(torch.cond, both):
+        yield
+
+
+def _joined(pred: torch.Tensor, first: Any, second: Any) -> Any:
+    """One result of a cond, from both branches."""
+    if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+        if type(first) is not type(second) or first != second:
+            raise TraceError(f"the branches of torch.cond at {users_line()} return {first} and {second}; return tensors where they differ")
+        return first
+    if first.shape != second.shape or first.dtype != second.dtype:
+        texts = (f"{x.dtype} of shape {list(x.shape)}" for x in (first, second))
+        raise TraceError(f"the branches of torch.cond at {users_line()} return {' and '.join(texts)}; both must return the same")
+    return torch.where(pred, first, second)
+
+
+@contextlib.contextmanager
+def replaced(function: Any, new: Callable) -> Iterator[None]:
+    """While the block runs, a call of `function`, by whatever name it was imported, runs `new(original, *args, **kwargs)`."""
+    code, defaults, keywords = function.__code__, function.__defaults__, function.__kwdefaults__
+    stack = function.__globals__.setdefault("_autoshard_replacements", {}).setdefault(function.__name__, [])
+    if stack:  # there already where one such block stands in another
+        original = stack[0][1]
+    else:
+        original = types.FunctionType(code, function.__globals__, function.__name__, defaults)
+        original.__kwdefaults__ = keywords
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        new, original = _autoshard_replacements["NAME"][0]  # type: ignore[name-defined]  # noqa: F821
+        return new(original, *args, **kwargs)
+
+    stack.insert(0, (new, original))
+    function.__defaults__ = function.__kwdefaults__ = None
+    named = (function.__name__ if const == "NAME" else const for const in call.__code__.co_consts)
+    function.__code__ = call.__code__.replace(co_consts=tuple(named))
+    try:
+        yield
+    finally:
+        function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, keywords
+        del stack[0]
+
+
+def call_flex_attention(original: Any, operator: Callable, *args: Any, **kwargs: Any) -> Any:
+    """flex_attention with its checks and results, where `operator` stands for the one it calls; on CPUs with gradients too.
+
+    Runs `original`, its code, with other globals. If they move: test_flex_attention fails.
+    """
+    others: dict[str, Any] = {"flex_attention_hop": operator, "_validate_device": lambda *tensors: None}
+    others["_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"] = True  # calls the operator as it is
+    others["setup_compilation_env"] = contextlib.nullcontext
+    others["_create_empty_block_mask"] = untraced()(original.__globals__["_create_empty_block_mask"])
+    function = types.FunctionType(original.__code__, {**original.__globals__, **others}, original.__name__, original.__defaults__)
+    function.__kwdefaults__ = original.__kwdefaults__
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """While the block runs, nothing that is computed becomes part of a trace. If it moves: test_flex_attention fails."""
+    with proxy_tensor.disable_proxy_modes_tracing(), proxy_tensor._temp_remove_pre_dispatch_torch_function_mode(), torch.no_grad():
+        yield
+
+
+def plain_ops(function: Callable, *args: torch.Tensor) -> fx.GraphModule:
+    """`function` as the ops that its vmaps come to on such `args`: export would keep the vmaps. Indices may be tensors of one number."""
+
+    def run(*args: torch.Tensor) -> Any:
+        with TransformGetItemToIndex():
+            return function(*args)
+
+    with untraced():
+        plain = proxy_tensor.make_fx(run, tracing_mode="real")(*args)
+    plain.graph.eliminate_dead_code()
+    for node in plain.graph.nodes:  # numbers, which vmap casts as if they were tensors
+        if node.target is torch.ops.aten._to_copy.default and not isinstance(node.args[0], fx.Node):
+            node.target, node.kwargs = torch.ops.aten.scalar_tensor.default, {**node.kwargs, "device": args[0].device}
+    plain.recompile()
+    return plain
+
+
+def branch_of(node: fx.Node) -> tuple[tuple[int, bool], ...]:
+    """The branches of torch.cond that a node was traced in, outermost first."""
+    return (node.meta.get("custom") or {}).get(_BRANCH, ())
+
+
+def result_of(node: fx.Node) -> int | None:
+    """Number of the cond that a node traced as torch.where is a result of."""
+    return (node.meta.get("custom") or {}).get(_RESULT)
 
 
 def region_of(node: fx.Node) -> int | None:
@@ -322,3 +471,34 @@ def let_segments_be_read() -> None:
 
     generate.falls_back = True  # type: ignore[attr-defined]
     Planner.generate_graph_based_transform_infos = generate  # type: ignore[method-assign]
+
+
+# What plan.memory asks autograd while a step is rehearsed. Private: the names in each function. If they move: plan.memory fails.
+outside_modes = _disable_current_modes
+
+
+def ops_seen_by_autograd() -> int:
+    """How many ops autograd has numbered in this thread."""
+    return torch.autograd._get_sequence_nr()
+
+
+def running_gradient() -> str:
+    """Name of the gradient that backward is computing now, "" when it is not."""
+    node = torch._C._current_autograd_node()
+    return node.name() if node is not None else ""
+
+
+def running_gradient_number() -> int | None:
+    """The number that autograd gave to the op whose gradient it is computing now."""
+    node = torch._C._current_autograd_node()
+    return node._sequence_nr() if node is not None else None
+
+
+def holders(tensor: torch.Tensor) -> tuple[int, int]:
+    """How many hold a tensor, and its storage; views hold the storage too."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def convolution_kernel(x: torch.Tensor, weight: torch.Tensor, settings: list[Any]) -> str:
+    """Name of the kernel that torch chooses for a convolution; settings: stride, padding, dilation, transposed, output_padding, groups."""
+    return str(torch._C._select_conv_backend(x, weight, None, *settings))

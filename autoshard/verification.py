@@ -11,7 +11,9 @@ import torch
 from torch import fx, nn
 
 from autoshard import autocast
+from autoshard.branches import is_either, predicates, runs, taken, tie_branches
 from autoshard.errors import InputError
+from autoshard.flex_attention import flex_attention_in_ops
 from autoshard.instantiation import instantiate
 from autoshard.mesh import MeshSpec
 from autoshard.passes import FoldConstants, NormalizeGraph, TraceModel
@@ -81,7 +83,7 @@ def compare(plan: Plan, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]
     is_random_off = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
     reference, state = copy.deepcopy(model), torch.get_rng_state()
     reference.train(plan.program.is_training)
-    with tag_checkpoints():  # without recomputing: torch writes running statistics a second time there
+    with tag_checkpoints(), flex_attention_in_ops():  # without recomputing: torch writes running statistics a second time there
         expected = _without_random(reference, args, kwargs) if is_random_off else _tensor_leaves(reference(*args, **kwargs))
     torch.set_rng_state(state)  # what is drawn whole is drawn alike
     simulation = simulate_plan(plan, copy.deepcopy(model), args, kwargs, is_random=False)
@@ -149,6 +151,7 @@ def _without_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) ->
     program = Program(fx.Graph(), MeshSpec(("one",), (1,)))
     for a_pass in (TraceModel(model, args, kwargs), NormalizeGraph(), FoldConstants()):
         program = a_pass(program)
+    tie_branches(program)
     inputs = {n: x for n, x in zip(program.flat_inputs, pytree.tree_leaves((args, dict(kwargs))), strict=True) if n is not None}
     return [leaf for leaf in run_single(program, _tensors(model, program), inputs) if isinstance(leaf, torch.Tensor)]
 
@@ -156,12 +159,17 @@ def _without_random(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) ->
 def run_single(program: Program, tensors: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> list[Any]:
     """Run a normalised, unsharded graph on one device with random ops switched off."""
     env: dict[fx.Node, Any] = {}
+    conds = predicates(program)
     for node in program.graph.nodes:
         known = facts(node)
+        if not runs(node, conds, lambda predicate: bool(env[predicate])):
+            continue
         if node.op == "placeholder":
             env[node] = inputs[known.name] if known.role == "input" else tensors[known.name]
         elif node.op == "output":
             return list(fx.map_arg(node.args[0], lambda n: env[n]))
+        elif is_either(node):
+            env[node] = env[taken(node, lambda predicate: bool(env[predicate]))]
         else:
             rule = rule_of(op_name(node)) if known.role == "op" else None
             is_random = draws_random(node) if rule is None else rule.is_random(call_of(node))

@@ -83,7 +83,8 @@ class _Rewriter:
         name = f"{self.node.name}_{target.__name__.split('.')[0].strip('_')}"
         with self.program.graph.inserting_before(self.node):
             new = self.program.graph.create_node("call_function", target, args, kwargs or {}, name=name)
-        set_facts(new, Facts("op", (TensorInfo(shape, dtype),), source=self.known.source, recompute=self.known.recompute))
+        set_facts(new, Facts("op", (TensorInfo(shape, dtype),), source=self.known.source))
+        facts(new).recompute, facts(new).branch = self.known.recompute, self.known.branch
         flows = carries_gradient(new) and dtype.is_floating_point
         facts(new).values = (TensorInfo(shape, dtype, flows),)
         return new

@@ -7,11 +7,10 @@ written to a directory is the text that runs in memory.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +18,14 @@ import torch
 from torch import fx
 
 from autoshard.autocast import Autocast, State
+from autoshard.branches import SIDES, cond_of, number_of
 from autoshard.conversions import BY_NAME, PADDING
 from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout, padded_axes
 from autoshard.program import Facts, Program, facts, is_of_runtime
 from autoshard.regions import repeats_gathers, results, statistics
-from autoshard.symbolic import Size, Symbol
+from autoshard.symbolic import Real, Size, Symbol
 from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
@@ -44,7 +44,7 @@ class EmitPrograms:
         body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         used |= {"gathers_again"} if repeats_gathers(program) else set()
-        imported = sorted(used & {*BY_NAME, *lowerings(), *PADDING, "gathers_again"})
+        imported = sorted(used & {*BY_NAME, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -144,13 +144,7 @@ def _forward(program: Program) -> list[str]:
     for node in program.nodes("input"):
         if _is_padded(program, node):
             text.compute(node)
-    for number, run in itertools.groupby(program.nodes(), lambda node: facts(node).recompute):
-        nodes = list(run)
-        if number is None or not results(nodes):
-            for node in nodes:
-                text.add(node)
-        else:
-            text.add_region(number, nodes)
+    text.add_all(list(program.nodes()))
     text.enter(())
     return [*lines, f"        return {_value(program.output.args[0])}"]
 
@@ -166,7 +160,28 @@ class _Text:
         self.dying: list[str] = []
         self.state: State = ()
         self.margin = " " * 8
-        self.region: set[fx.Node] | None = None  # the nodes of the function that is being written
+        self.own: set[fx.Node] | None = None  # the nodes of the function or branch that is being written
+
+    def add_all(self, nodes: list[fx.Node], region: int | None = None, depth: int = 0) -> None:
+        """Nodes of one checkpointed region (or none) and one branch (of `depth` steps): inner ones as blocks of their own."""
+        conds = [cond_of(node, depth) for node in nodes]
+        last = {cond: k for k, cond in enumerate(conds)}
+        k = 0
+        while k < len(nodes):
+            end, number = k + 1, facts(nodes[k]).recompute
+            made = [node for node in nodes[k:] if len(facts(node).branch) == depth and cond_of(node, depth) == conds[k]] if conds[k] else []
+            if made and facts(made[0]).recompute == region:
+                end = last[conds[k]] + 1
+                self.add_cond(nodes[k:end], made, region, depth)
+            elif number == region:
+                self.add(nodes[k])
+            else:
+                end = next((j for j in range(k, len(nodes)) if facts(nodes[j]).recompute != number), len(nodes))
+                if number is not None and results(nodes[k:end]):
+                    self.add_region(number, nodes[k:end], depth)
+                else:
+                    self.add_all(nodes[k:end], number, depth)
+            k = end
 
     def add(self, node: fx.Node) -> None:
         known = facts(node)
@@ -176,15 +191,12 @@ class _Text:
             return
         if known.role in ("op", "update"):
             self.enter(known.autocast)
-        if known.role in ("op", "conversion", "mask", "projection", "update"):
+        if known.role in ("op", "projection", "update"):
             self._say_where(known)
         operands = list(dict.fromkeys(node.all_input_nodes))
-        for operand in operands:
-            is_own = self.region is None or self.region.issuperset(_readers(operand))
-            if facts(operand).role == "parameter" and is_own and _readers(operand)[0] is node:
-                self._write(_statement(self.program, operand))
+        self._read_parameters(operands, {node})
         self._write(_statement(self.program, node))
-        own = (operand for operand in operands if self.region is None or operand in self.region)
+        own = (operand for operand in operands if self.own is None or operand in self.own)
         self.dying += [operand.name for operand in own if self.last_use.get(operand) is node and operand.op != "placeholder"]
 
     def compute(self, node: fx.Node) -> None:
@@ -192,27 +204,55 @@ class _Text:
         self.enter(facts(node).autocast)
         self._write(_statement(self.program, node))
 
-    def add_region(self, number: int, nodes: list[fx.Node]) -> None:
+    def _read_parameters(self, operands: Iterable[fx.Node], nodes: set[fx.Node], inner: Sequence[set[fx.Node]] = ()) -> None:
+        """Statements for the parameters that `nodes` read first, where what is written now reads all of them and none of `inner` does."""
+        for operand in operands:
+            readers = _readers(operand) if facts(operand).role == "parameter" else []
+            is_ours = (self.own is None or self.own.issuperset(readers)) and not any(part.issuperset(readers) for part in inner)
+            if readers and readers[0] in nodes and is_ours:
+                self._write(_statement(self.program, operand))
+
+    def add_cond(self, nodes: list[fx.Node], made: list[fx.Node], region: int | None, depth: int) -> None:
+        """An `if` over the predicate; every result gets its value at the end of either branch."""
+        number, outer, own = number_of(made[0]), self.own, set(nodes)
+        sides = {side: [node for node in nodes if facts(node).branch[depth : depth + 1] == ((number, side),)] for side in SIDES}
+        self.enter(())
+        self._say_where(facts(made[0]))
+        read = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in own)
+        self._read_parameters(read, own, [set(side) for side in sides.values()])
+        for side, k in SIDES.items():
+            self._write([*_delete(self.dying), "else:" if k == SIDES[False] else f"if self.decide({_value(made[0].args[0])}):"])
+            self.dying, self.module, self.place, self.own, self.margin = [], None, None, set(sides[side]), self.margin + "    "
+            self.add_all(sides[side], region, depth + 1)
+            self.enter(())
+            for node in made:
+                value: fx.Node = node.args[k]  # type: ignore[assignment]
+                self._write(_commented(f"{node.name} = {value.name}", facts(node), self.program))
+                self.dying += [value.name] if value in self.own and self.last_use[value] in made else []
+            self._write(_delete(self.dying))
+            self.dying, self.module, self.place, self.own, self.margin = [], None, None, outer, self.margin[4:]
+        mine = (operand for operand in read if self.own is None or operand in self.own)
+        self.dying = [o.name for o in mine if self.last_use.get(o) in own and o.op != "placeholder"]
+
+    def add_region(self, number: int, nodes: list[fx.Node], depth: int) -> None:
         """A function of its own, and its call: what it reads are its arguments, but parameters that it alone reads."""
         self.enter(())
-        own, made = set(nodes), results(nodes)
+        own, outer, made = set(nodes), self.own, results(nodes)
         read = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in own)
         read = {operand: None for operand in read if not all(_reads_by_name(user, operand) for user in operand.users if user in own)}
         shared = [operand for operand in read if facts(operand).role != "parameter" or not own.issuperset(_readers(operand))]
-        for operand in shared:
-            if facts(operand).role == "parameter" and _readers(operand)[0] in own:
-                self._write(_statement(self.program, operand))
+        self._read_parameters(shared, own)
         name, arguments = f"region_{number}", ", ".join(operand.name for operand in shared)
         self._write([*_delete(self.dying), f"def {name}({arguments}):  # runs again in backward"])
-        self.dying, self.module, self.place, self.region, self.margin = [], None, None, own, self.margin + "    "
-        for node in nodes:
-            self.add(node)
+        self.dying, self.module, self.place, self.own, self.margin = [], None, None, own, self.margin + "    "
+        self.add_all(nodes, number, depth)
         self.enter(())
         given = ", ".join(node.name for node in made)
         self._write([f"return {given}"])
-        self.dying, self.module, self.place, self.region, self.margin = [], None, None, None, self.margin[4:]
+        self.dying, self.module, self.place, self.own, self.margin = [], None, None, outer, self.margin[4:]
         self._write([f"{given} = self.checkpoint({', '.join([name, *([arguments] if arguments else [])])})"])
-        self.dying = [o.name for o in shared if self.last_use.get(o) in own and o.op != "placeholder"]
+        mine = (operand for operand in shared if self.own is None or operand in self.own)
+        self.dying = [o.name for o in mine if self.last_use.get(o) in own and o.op != "placeholder"]
 
     def enter(self, state: State) -> None:
         """Close the autocast regions that are open and open those of `state`."""
@@ -226,8 +266,6 @@ class _Text:
             self.margin += "    "
 
     def _say_where(self, known: Facts) -> None:
-        if known.role in ("conversion", "mask"):
-            return
         if known.source.module != self.module:
             self._write([*_delete(self.dying), f"# ---- {known.source.module or 'the model itself'} ({known.source.module_class})"])
             self.dying, self.module = [], known.source.module
@@ -268,8 +306,13 @@ def _statement(program: Program, node: fx.Node) -> Iterator[str]:
     text = f"{node.name} = {_placeholder(program, node) if node.op == 'placeholder' else _expression(node, known)}"
     if known.role == "update":
         text = _expression(node, known)
+    yield from _commented(text, known, program, node)
+
+
+def _commented(text: str, known: Facts, program: Program, node: fx.Node | None = None) -> Iterator[str]:
+    """A statement and what it makes; `node`: the one that it stands for."""
     comment = describe_value(known, program) if len(known.values) == 1 else f"{len(known.values)} x {describe_value(known, program)}"
-    if known.role == "conversion":
+    if known.role == "conversion" and node is not None:
         row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
         both += ", and all_gather again" if row.is_repeated else ""
@@ -299,12 +342,15 @@ def _expression(node: fx.Node, known: Facts) -> str:
         args = [written.get(arg, arg) for arg in args]
     if known.role == "projection":
         return f"{args[0]}[{args[1]}]"
+    if known.role == "tie":
+        return f"zero_gradients({', '.join(args)})"
     if known.role in ("conversion", "mask"):
         sizes = [f"{key}={_value(value)}" for key, value in node.kwargs.items()]
         return f"{node.target.__name__}({', '.join([args[0], str(node.args[1]), *args[2:], *sizes])})"  # type: ignore[union-attr]
     target = str(node.target)
     if target in _OPERATORS and len(args) == 2 and not node.kwargs:
-        return f"{args[0]} {_OPERATORS[target]} {args[1]}"
+        first, second = (_operand(value, text) for value, text in zip(node.args, args, strict=True))
+        return f"{first} {_OPERATORS[target]} {second}"
     keywords = [f"{key}={_axes(value) if key.endswith('_axes') else _value(value)}" for key, value in node.kwargs.items()]  # type: ignore[arg-type]
     if is_of_runtime(node.target):
         return f"{node.target.__name__}({', '.join([*args, *keywords])})"  # type: ignore[union-attr]
@@ -312,6 +358,11 @@ def _expression(node: fx.Node, known: Facts) -> str:
     if known.random_axes is not None:
         return f"self.random({', '.join([str(known.site), _axes(known.random_axes), name, *args, *keywords])})"
     return f"{name}({', '.join([*args, *keywords])})"
+
+
+def _operand(value: Any, text: str) -> str:
+    """An argument beside an operator: `x * (batch // 2)`."""
+    return f"({text})" if isinstance(value, (Size, Real)) and not text.isidentifier() else text
 
 
 def quoted(name: str) -> str:

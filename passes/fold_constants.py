@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from autoshard import autocast
+from autoshard.branches import is_either
 from autoshard.program import Program, arguments, facts, is_sized, op_name, set_argument, tensor_operands, writes_statistics
 
 _MOST_ENTRIES = 2**28  # of a constant that is computed: a causal mask of 16,384 positions
@@ -35,8 +36,9 @@ class FoldConstants:
             facts(node).is_constant = node not in written and not facts(node).needs_grad
         for node in program.nodes("op", "projection"):
             fixed = all(facts(operand).is_constant for operand in tensor_operands(node))
-            fixed = fixed and not is_sized(node)  # a table would be that of the example's sizes
+            fixed = fixed and not is_either(node) and not is_sized(node)  # a table would be that of the example's sizes
             facts(node).is_constant = fixed and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+            facts(node).branch = () if facts(node).is_constant else facts(node).branch
         _restore_causal(program)
         _drop_unused_constants(program)
         return program

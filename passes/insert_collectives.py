@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx
 
 from autoshard import runtime
+from autoshard.branches import settle_branches
 from autoshard.candidates import leaving_layout
 from autoshard.conversions import AGAIN, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
 from autoshard.costs import CostModel
@@ -42,6 +43,7 @@ class InsertCollectives:
             replace_operands(node, [routers[o].fetch(x, node) for o, x in zip(tensor_operands(node), layouts, strict=True)])
         for node in program.nodes("update"):
             facts(node).layouts = (native_layout(program.mesh.ndim, False),)
+        settle_branches(program)
         settle_regions(program)
         program.is_typed, program.leaves_whole = True, self.wants_whole_outputs
         return program

@@ -81,7 +81,7 @@ def _mask(program: Program, node: fx.Node, rule: Rule, equation: Equation, maske
     operands = tensor_operands(node)
     for mask in masks_of(rule, equation, _factors(node), program.mesh.shape):
         source = operands[mask.operand]
-        key = (source, mask.axis, mask.dim, facts(node).recompute)
+        key = (source, mask.axis, mask.dim, facts(node).recompute, facts(node).branch)
         if key not in masked:
             with program.graph.inserting_before(node):
                 args = (source, program.mesh.axes[mask.axis], mask.dim)
@@ -89,7 +89,7 @@ def _mask(program: Program, node: fx.Node, rule: Rule, equation: Equation, maske
                     "call_function", runtime.mask_padding, args, {"size": mask.size}, name=f"{source.name}_mask_padding"
                 )
             known = replace(facts(source), role="mask", strategies=(), hub=None, is_pinned=False, op=None, random_axes=None)
-            set_facts(new, replace(known, autocast=(), recompute=facts(node).recompute))
+            set_facts(new, replace(known, autocast=(), recompute=facts(node).recompute, branch=facts(node).branch))
             masked[key] = new
         operands[mask.operand] = masked[key]
     replace_operands(node, operands)

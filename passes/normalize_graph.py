@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoshard import runtime
 from autoshard.autocast import inside
+from autoshard.branches import drop_without_result
 from autoshard.conversions import BY_NAME
 from autoshard.embedding_bags import rewrite_bags
 from autoshard.errors import TraceError
@@ -27,6 +29,7 @@ from autoshard.ops.random import SHAPE_ALONE
 from autoshard.ops.row import TensorInfo, is_differentiable
 from autoshard.out_variants import expand_out_variants
 from autoshard.program import Facts, Program, carries_gradient, draws_random, facts, producer, set_facts, writes_statistics
+from autoshard.torch_internals import result_of
 from autoshard.views import shares_memory, write_back
 
 aten = torch.ops.aten
@@ -56,6 +59,7 @@ _FACTORIES = {
     aten.new_full.default: aten.full.default,
     aten.new_empty.default: aten.zeros.default,
 }
+_NO_WRITING = "let the branch return a new value, and write that behind the cond"
 # What the emitted text itself calls by these names, besides the mesh axes.
 _RESERVED = {"self", "torch", "aten", "Program", *BY_NAME, *lowerings()}
 
@@ -74,6 +78,7 @@ class NormalizeGraph:
         fuse_experts(program)
         rewrite_bags(program)
         _drop_dead(program)
+        drop_without_result(program)
         report_experts(program)
         return program
 
@@ -237,6 +242,16 @@ class _Writer:
     def _copy_op(self, node: fx.Node) -> None:
         target = node.target
         args, kwargs = self._map(node.args), self._map(node.kwargs)
+        number = result_of(node)
+        if number is not None:
+            where = facts(node).source
+            self.program.note(f"torch.cond at {where}: one branch runs; predicted time and memory are those of both together")
+            self._set(node, self._call(runtime.either, (*args, number), {}, facts(node), f"{where.module}_cond".lstrip("_")))
+            return
+        if facts(node).branch and writes_statistics(node):
+            raise TraceError(
+                f"{node.target} at {facts(node).source} writes its running statistics in a branch of torch.cond; {_NO_WRITING}"
+            )
         if node.graph is self.program.graph and not facts(node).autocast:
             self.stretch += 1
         if _writes(node):
@@ -292,6 +307,10 @@ class _Writer:
             what = f"{node.target} changes, without gradient, a value that has one"
         elif functional is None:
             what = f"{node.target} has no functional form"
+        if facts(root).branch != facts(node).branch:
+            raise TraceError(
+                f"{node.target} at {facts(node).source} changes, in a branch of torch.cond, a tensor from outside; {_NO_WRITING}"
+            )
         if what:
             raise TraceError(f"{what}, at {facts(node).source}; write the model without this in-place op")
         self._set(written, self._copied(node, *args[:2]) if name == "copy_" else self._call(functional, args, kwargs, facts(node)))
@@ -365,6 +384,7 @@ class _Writer:
         elif loses_gradient and facts(producer(self._now(operand))[0]).needs_grad:
             value = self._now(operand)
             known = Facts("op", facts(value).values, source=facts(value).source, autocast=facts(inner).autocast)
+            known.branch = facts(value).branch
             self.detached[inner] = self._call(aten.detach.default, (value,), {}, known)
 
     def _project(self, node: fx.Node) -> None:
@@ -375,13 +395,16 @@ class _Writer:
             return
         value = facts(source).values[index]  # type: ignore[index]
         known = Facts("projection", (value,), source=facts(source).source, recompute=facts(source).recompute)
+        known.branch = facts(source).branch
         self._set(node, self._create("call_function", operator.getitem, (source, index), {}, known))
 
-    def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts) -> fx.Node:
+    def _call(self, target: Any, args: tuple, kwargs: dict, old: Facts, name: str = "") -> fx.Node:
         if str(target) in SHAPE_ALONE and facts(producer(args[0])[0]).needs_grad:
-            args = (self._call(aten.detach.default, args[:1], {}, Facts("op", facts(args[0]).values, source=old.source)), *args[1:])
+            detached = Facts("op", facts(args[0]).values, source=old.source, branch=facts(args[0]).branch)
+            args = (self._call(aten.detach.default, args[:1], {}, detached), *args[1:])
         known = Facts("op", old.values, source=old.source, autocast=old.autocast, recompute=old.recompute, strides=old.strides)
-        node = self._create("call_function", target, args, kwargs, known)
+        known.branch = old.branch
+        node = self._create("call_function", target, args, kwargs, known, name)
         flows = carries_gradient(node)
         facts(node).values = tuple(TensorInfo(v.shape, v.dtype, flows and is_differentiable(v.dtype)) for v in old.values)
         return node

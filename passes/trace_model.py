@@ -6,6 +6,7 @@ lost) and activation checkpointing, whose regions are remembered as marks on the
 
 from __future__ import annotations
 
+import contextlib
 import re
 import traceback
 from collections.abc import Mapping
@@ -19,14 +20,17 @@ from torch.export.graph_signature import InputKind
 from autoshard import autocast, runtime
 from autoshard.dynamic_dims import Marks
 from autoshard.errors import TraceError
+from autoshard.flex_attention import flex_attention_in_ops, refuse_block_masks
 from autoshard.ops.row import TensorInfo
 from autoshard.placements import Layout
 from autoshard.program import Facts, Program, Source, baked_values, draws_random, facts, set_facts
 from autoshard.symbolic import SizeReader, Symbol, name_fault
 from autoshard.torch_internals import (
+    branch_of,
     fake_copy,
     fake_like,
     fake_mode,
+    keep_branches,
     keep_nested_no_grad,
     pytree,
     record_lost_backwards,
@@ -65,6 +69,7 @@ class TraceModel:
         mode, device = fake_mode(), torch.device(self.device)
         model = fake_copy(self.model, mode, device)
         leaves, program.in_spec = pytree.tree_flatten((tuple(self.args), dict(self.kwargs)))
+        refuse_block_masks(leaves)
         wants_grad = [isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves]
         fakes = [fake_like(leaf.detach(), mode, device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(fakes, program.in_spec)
@@ -87,15 +92,19 @@ class TraceModel:
         try:
             watched = record_lost_backwards(lambda *what: lost.append(what))
             guarded = record_size_guards(lambda *what: guards.append(what))
-            with torch.enable_grad(), watched, guarded, tag_checkpoints(selective.append), keep_nested_no_grad():
+            in_ops = flex_attention_in_ops(program.note, is_traced=True)
+            with torch.enable_grad(), watched, guarded, contextlib.ExitStack() as stack:
+                for region in (tag_checkpoints(selective.append), keep_nested_no_grad(), keep_branches(), in_ops):
+                    stack.enter_context(region)
                 if dims is not None:
                     spell_out_keywords(model, args, kwargs)
                 shapes = None if dims is None else dims.dynamic_shapes(model, args, kwargs)
                 exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        except TraceError:
+            raise
         except Exception as error:  # torch.export raises many types; all mean that the model cannot be traced
             fixes = _explain_sizes(error, self.model, guards) if dims is not None else ""
             raise TraceError(fixes or _explain(error, self.model)) from error
-        _refuse_flex_attention(exported, self.model)
         for kind, where in dict.fromkeys(lost):
             if kind in ("Tensor.register_hook", "torch.autograd.grad"):
                 raise TraceError(f"{kind} at {where}: tracing would lose it, and gradients would be wrong; change the model there")
@@ -106,19 +115,6 @@ class TraceModel:
         for where in dict.fromkeys(selective):
             program.note(f"checkpoint at {where} has its own context_fn, which is not looked at: the whole region is recomputed")
         return exported
-
-
-_NO_FLEX_ATTENTION = (
-    "flex_attention cannot be partitioned: its score and mask functions count positions of the whole sequence. "
-    "Call torch.nn.functional.scaled_dot_product_attention there, with is_causal or the mask as a tensor."
-)
-
-
-def _refuse_flex_attention(exported: Any, model: nn.Module) -> None:
-    bodies = [sub.graph for sub in exported.graph_module.modules() if isinstance(sub, fx.GraphModule)]
-    for node in (node for graph in bodies for node in graph.nodes):
-        if str(node.target) == "flex_attention":
-            raise TraceError(f"cannot trace {type(model).__name__}: it calls flex_attention\n  at {_source(node)}\n  {_NO_FLEX_ATTENTION}")
 
 
 def _refuse_hooks(model: nn.Module) -> None:
@@ -153,7 +149,6 @@ def _explain(error: Exception, model: nn.Module) -> str:
         if data_dependent
         else "torch.export must be able to trace the model; try torch.export.export(model, args, strict=False) to see its full report."
     )
-    advice = _NO_FLEX_ATTENTION if "FlexAttention" in text else advice
     return f"cannot trace {type(model).__name__}: {reason}\n  at {place}\n  {advice}"
 
 
@@ -210,7 +205,7 @@ def _describe_nodes(
         elif node.op in ("call_function", "get_attr"):
             _require_static(node, sizes)
             known = Facts("op", _infos(node.meta.get("val"), sizes), source=_source(node), number=_number(node, sizes))
-            known.recompute = region_of(node)
+            known.recompute, known.branch = region_of(node), branch_of(node)
             set_facts(node, known)
             if draws_random(node) and isinstance(node.meta.get("val"), torch.Tensor):
                 known.strides = tuple(sizes.number(stride) for stride in node.meta["val"].stride())  # type: ignore[misc]

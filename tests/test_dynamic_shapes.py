@@ -59,6 +59,7 @@ expressions = st.recursive(
         st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*"]), inner),
         st.builds("({} {} {})".format, inner, st.sampled_from(["//", "%"]), st.sampled_from(["2", "4", "batch", "(seq + 1)"])),
         st.builds("{}({}, {})".format, st.sampled_from(["max", "min"]), inner, inner),
+        st.builds("({} if {} {} {} else {})".format, inner, inner, st.sampled_from(["<", ">=", "==", "!="]), inner, inner),
     ),
     max_leaves=6,
 )
@@ -84,6 +85,8 @@ def test_simplified_expressions_have_the_value_of_the_originals(text: str, batch
         "batch << 9",
         "'a'*9",
         "batch if 1 else 2",
+        "batch if seq < 2 < 3 else 2",
+        "batch if seq in 3 else 2",
         "f(2)",
         "max(*[1])",
         "",

@@ -15,7 +15,6 @@ from processes import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.nn.attention.flex_attention import flex_attention
 
 import autoshard
 from autoshard.errors import AutoshardError, BudgetError, ConstraintError, InputError, MeshError, PlanError, RuleError, TraceError
@@ -148,21 +147,9 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False, context_fn=context_fn)
 
 
-class Flex(nn.Module):
-    def __init__(self, is_frozen: bool) -> None:
-        super().__init__()
-        self.up = nn.Linear(8, 8).requires_grad_(not is_frozen)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.up(x).view(1, 1, 4, 8)
-        return flex_attention(heads, heads, heads)  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (Flex(False), "cannot trace Flex: \ntest_errors.py:\nflex_attention(heads\nscaled_dot_product_attention there, with is_causal"),
-        (Flex(True), "Flex: it calls flex_attention\ntest_errors.py:\nflex_attention(heads\nscaled_dot_product_attention there"),
         (Branch(), "cannot trace Branch: \ntest_errors.py:\nif x.sum() > 0:\nbranches on values of tensors\nuse torch.where"),
         (
             Masked(),

@@ -74,6 +74,7 @@ ROWS: dict[str, Rule] = {
     **rows("to.dtype to.dtype_layout to.device to.other type_as _to_copy", Rule(cast)),
     **rows("div.Tensor true_divide.Tensor divide.Tensor", Rule(first_linear)),
     **rows("where.self", Rule("p*, +p*, +p* -> p*")),
+    "either": Rule("[q*], +p*, +p* -> p*"),
     **rows("lerp.Scalar lerp.Tensor", Rule(interpolation)),
     **rows("addcmul", Rule("+p*, ~p*, ~p* -> p*")),
     **rows("addcdiv", Rule("+p*, ~p*, p* -> p*")),

@@ -15,6 +15,7 @@ from .axes import pad_cut as pad_cut
 from .axes import position as position
 from .axes import run as run
 from .axes import trim_joined as trim_joined
+from .branches import *  # noqa: F403
 from .conversions import *  # noqa: F403
 from .convolution import *  # noqa: F403
 from .embedding import *  # noqa: F403

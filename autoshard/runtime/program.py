@@ -79,6 +79,18 @@ class Program:
 
         return checkpoint_module.checkpoint(run, *args, use_reentrant=False)
 
+    @torch.compiler.disable  # which branch runs depends on what tensors hold, and all ranks must agree on it
+    def decide(self, predicate: Tensor) -> bool:
+        """Whether `predicate`, a single bool that every rank has whole, holds on any rank: all take the same branch of a cond.
+
+        Kernels that do not add in a fixed order could round a predicate to both sides of its border, and ranks that went
+        different ways would wait for each other's collectives for ever.
+        """
+        found = predicate.to(torch.int32)
+        for axis in self.axes:
+            found = axis.maximum(found)
+        return bool(found)
+
     def once(self, name: str) -> Tensor:
         """A buffer that an op of a checkpointed region writes: a copy of it when the region runs again."""
         return self.tensor(name).clone() if self._is_again else self.tensor(name)

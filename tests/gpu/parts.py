@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+import memory as memory_part  # noqa: E402
 from gpt import GPT, GPTConfig  # noqa: E402
 from llama import SMALL as SMALL_LLAMA  # noqa: E402
 from llama import Llama, LlamaConfig  # noqa: E402
@@ -400,6 +401,7 @@ PARTS: dict[str, Callable[[Findings, str], None]] = {
     "one_rank": run_one_rank,
     "four_ranks": run_four_ranks,
     "fake_group": run_fake_group,
+    "memory": memory_part.run_memory,
     "one_rank_compiled": lambda found, device: run_one_rank(found, device, is_compiled=True),
 }
 

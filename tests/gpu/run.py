@@ -46,6 +46,7 @@ PARTS = (
     Part("one_rank", 90, "a GPT through autoshard.compile on one rank (NCCL), beside the model itself"),
     Part("four_ranks", 150, "four ranks on one GPU (gloo), beside one process"),
     Part("fake_group", 180, "one rank of dp=2,tp=4 alone on a fake process group, beside what the plan predicted"),
+    Part("memory", 120, "predicted peak memory of one rank of dp=2,tp=4, beside what the allocator counted"),
     Part("one_rank_compiled", 240, "as one_rank, both under torch.compile"),
 )
 

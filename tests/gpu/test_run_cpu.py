@@ -18,13 +18,14 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_parts_run_on_the_cpu(tmp_path: Path) -> None:
-    done = call("--cpu", "--out", str(tmp_path), "--only", "one_rank", "four_ranks", "fake_group", "one_rank_compiled")
+    done = call("--cpu", "--out", str(tmp_path), "--only", "one_rank", "four_ranks", "fake_group", "memory", "one_rank_compiled")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {name: [is_good for _, is_good, _ in part["checks"]] for name, part in parts.items()} == {
         "one_rank": [True],
         "four_ranks": [True],
         "fake_group": [True],
+        "memory": [True],
         "one_rank_compiled": [True],
     }
     text = (tmp_path / "gpu.md").read_text()

@@ -147,6 +147,11 @@ USES: dict[str, list[Use]] = {
     "aten.divide.Tensor_mode": [use("p.1 p.0", x(4, 6), pos(6), rounding_mode="floor")],
     "aten.divide.Scalar_mode": [use("p.1 p.0", x(4, 6), 0.3, rounding_mode="trunc")],
     "aten.zeros_like.default": [use("p.1 p.0", x(4, 6))],
+    "either": [
+        use("p.1 p.0 P", torch.tensor(True), x(4, 6), x(4, 6), 1),
+        use("p.1 p.0 P", torch.tensor(False), x(4, 6), x(4, 6), 1),
+        use("p.1 p.0", torch.tensor(True), bools(4, 6), bools(4, 6), 2),
+    ],
 }
 
 
