@@ -23,7 +23,7 @@ from torch import fx
 from autoshard import runtime
 from autoshard.conversions import without_gradient
 from autoshard.program import Branch, Facts, Program, facts, op_name, set_facts
-from autoshard.regions import is_of_parameter
+from autoshard.regions import comes_from_parameter
 
 SIDES = {True: 1, False: 2}  # a branch -> where its value stands among the arguments of `either`
 
@@ -115,7 +115,7 @@ def _recomputed(node: fx.Node, conds: Mapping[int, list[fx.Node]]) -> int | None
 
 def _is_inserted(node: fx.Node) -> bool:
     known = facts(node)
-    is_free = op_name(node) == "aten.detach.default" or (op_name(node) == "aten.to.dtype" and is_of_parameter(node))
+    is_free = op_name(node) == "aten.detach.default" or (op_name(node) == "aten.to.dtype" and comes_from_parameter(node))
     return known.role == "conversion" or (is_free and not known.branch and known.recompute is None)
 
 

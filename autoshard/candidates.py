@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 from torch import fx
 
 from autoshard.conversions import without_gradient
@@ -26,13 +27,16 @@ _FEW_SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a node: its strategy on every axis, the layouts it wants and gives, its seconds and kept bytes."""
+    """One way to run a node: its strategy on every axis, the layouts it wants and gives, its seconds, forward and backward.
+
+    gathers_again: of a weight, whether backward gathers copies of it again rather than keeping them.
+    """
 
     strategies: tuple[Strategy, ...]
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
     cost_s: float
-    kept_bytes: float = 0.0
+    gathers_again: bool = False
 
 
 @dataclass
@@ -43,6 +47,7 @@ class CandidateTable:
     costs: CostModel
     segmentations: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     _known: dict[object, list[Candidate]] = field(default_factory=dict)
+    _sent: dict[object, tuple[Call, list[tuple[int, str, float]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.segmentations = find_segmentations(self.program)
@@ -71,10 +76,7 @@ class CandidateTable:
             splits = [S(dim, segments) for dim, size in enumerate(value.shape) for segments in ((), *self._equal_segments(size))]
             options = [[whole, *(s for s in splits if n > 1)] for n in self.program.mesh.shape]
             layouts = [layout for layout in itertools.product(*options) if is_storable(layout) and self._fits(value, layout)]
-            self._known[key] = [
-                Candidate((), (), (layout,), self._resting_s(value, layout), 4.0 * self.costs.local_bytes(value, layout))
-                for layout in layouts
-            ]
+            self._known[key] = [Candidate((), (), (layout,), self._resting_s(value, layout)) for layout in layouts]
         return self._known[key]
 
     def _resting_s(self, value: TensorInfo, layout: Layout) -> float:
@@ -112,17 +114,38 @@ class CandidateTable:
             cost += self._inside_s(call, rule, factors, inputs)
             masks = masks_of(rule, equation, factors, sizes) if pads else []
             cost += sum(self.costs.copy_s(call.inputs[mask.operand], inputs[mask.operand]) for mask in masks)
-            kept = sum(self.costs.local_bytes(v, x) for v, x in zip(call.outputs, outputs, strict=True) if v.needs_grad and cost)
             if (inputs, outputs) not in best or cost < best[inputs, outputs].cost_s:
-                best[inputs, outputs] = Candidate(joint, inputs, outputs, cost, kept)
+                best[inputs, outputs] = Candidate(joint, inputs, outputs, cost)
         return list(best.values())
+
+    def forward_s(self, node: fx.Node, candidates: Sequence[Candidate]) -> np.ndarray:
+        """f64[len(candidates)]: seconds of the forward direction of an op alone."""
+        call, (rule, equation), sizes = call_of(node), bound_rule(node), self.program.mesh.shape
+        inputs, outputs = ([replace(info, needs_grad=False) for info in infos] for infos in (call.inputs, call.outputs))
+        once = Call(call.op, call.arguments, tuple(inputs), tuple(outputs))
+        found = []
+        for candidate in candidates:
+            factors, layouts = [strategy.factor for strategy in candidate.strategies], [*candidate.inputs, *candidate.outputs]
+            split = split_of(equation, factors, sizes)
+            seconds = self.costs.op_s(call.op, rule, equation, [*inputs, *outputs], layouts, split)
+            found.append(seconds + self._inside_s(once, rule, factors, candidate.inputs))
+        return np.array(found)
 
     def _inside_s(self, call: Call, rule: Rule | None, factors: Sequence[str], inputs: Sequence[Layout]) -> float:
         """Seconds of what the op's lowering sends under this strategy."""
         axes = lowered_axes(rule, factors, self.program.mesh.axes)
         if not axes or rule is None or rule.lowering is None:
             return 0.0
-        return seconds_inside(self.costs, meter(rule.lowering.function, call, inputs, axes, self.program.mesh))
+        # What is sent depends on local shapes and on the sizes of axes; which axes they are is put in afterwards.
+        mesh = self.program.mesh
+        used = list(dict.fromkeys(axis for names in axes.values() for axis in names))
+        pattern = tuple((keyword, tuple(used.index(axis) for axis in names)) for keyword, names in axes.items())
+        local = tuple(local_shape(info.shape, layout, mesh.shape) for info, layout in zip(call.inputs, inputs, strict=False))
+        key = (id(call), local, pattern, tuple(mesh.shape[mesh.index(axis)] for axis in used))
+        if key not in self._sent:
+            found = meter(rule.lowering.function, call, inputs, axes, mesh)
+            self._sent[key] = call, [(used.index(axis), name, whole) for axis, name, whole in found]
+        return seconds_inside(self.costs, [(used[k], name, whole) for k, name, whole in self._sent[key][1]])
 
 
 def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str]) -> dict[str, tuple[str, ...]]:

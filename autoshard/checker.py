@@ -27,7 +27,18 @@ from autoshard.candidates import (
     settle,
     whole_strategy,
 )
-from autoshard.conversions import BY_KINDS, BY_NAME, STARTS, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
+from autoshard.conversions import (
+    AGAIN,
+    BY_KINDS,
+    BY_NAME,
+    STARTS,
+    Step,
+    is_step_sound,
+    replace_axis,
+    step_arguments,
+    step_sizes,
+    without_gradient,
+)
 from autoshard.equations import Equation, divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.ops.row import Rule, is_differentiable
@@ -46,6 +57,7 @@ from autoshard.program import (
     producer,
     tensor_operands,
 )
+from autoshard.regions import comes_from_parameter
 
 
 def check(program: Program) -> None:
@@ -204,9 +216,14 @@ def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
         yield f"changes the value of {source.name}"
     axis, before = program.mesh.axes.index(axis_name), facts(source).layout
     step = Step(axis, before[axis], known.layout[axis])
+    expected_row = BY_KINDS.get((step.src.kind, step.dst.kind))
+    if row.is_repeated and not comes_from_parameter(source):
+        yield f"{row.name} gathers what is no parameter; backward would need {source.name} kept"
+    elif row.is_repeated and known.recompute is not None:
+        yield f"{row.name} stands in region {known.recompute}, which runs again by itself"
     if replace_axis(before, axis, known.layout[axis]) != known.layout:
         yield f"changes {format_layout(before, program.mesh)} into {format_layout(known.layout, program.mesh)}, more than axis {axis_name}"
-    elif BY_KINDS.get((step.src.kind, step.dst.kind)) != row or step.src == step.dst:
+    elif row != (AGAIN.get(expected_row.name) if row.is_repeated and expected_row else expected_row) or step.src == step.dst:
         yield f"{row.name} takes {row.src} to {row.dst}, here {step.src} to {step.dst} on {axis_name}"
     elif not is_step_sound(before, step):
         yield f"{row.name} on {axis_name} would interleave the pieces of {format_layout(before, program.mesh)}"

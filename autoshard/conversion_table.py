@@ -28,6 +28,7 @@ class ConversionTable:
         self.costs, self.random = costs, random
         self.sizes = costs.mesh.shape
         self.codes: dict[Placement, int] = {}
+        self.fitting: dict[Sequence[int], np.ndarray] = {}
         self.terms = {needs_grad: [self._axis_terms(axis, needs_grad) for axis in range(len(self.sizes))] for needs_grad in (False, True)}
 
     def _axis_terms(self, axis: int, needs_grad: bool) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -62,7 +63,8 @@ class ConversionTable:
             best = np.where(np.isfinite(best), 0.0, np.inf)  # nothing to send
         if self.random is not None:
             best = np.where(np.isfinite(best), self.random.random(best.shape), np.inf)
-        return np.where([[a == b for b in columns] for a in rows], 0.0, best)
+        same = (self._encode(rows)[3][:, None] == self._encode(columns)[3][None]).all(axis=2)
+        return np.where(same, 0.0, best)
 
     def _direct(self, rows: list[Layout], columns: list[Layout], info: TensorInfo) -> np.ndarray:
         """One step per axis that differs, in the cheapest legal order."""
@@ -145,12 +147,17 @@ class ConversionTable:
 
     def _divides(self, state: list, info: TensorInfo) -> np.ndarray:
         """Whether dims that several axes split divide by all of them; nested segments are left to the exact check."""
-        fits = np.ones((1, 1), dtype=bool)
-        for dim, size in enumerate(info.shape):
-            count, ways, segmented = np.zeros((1, 1)), np.ones((1, 1)), np.zeros((1, 1), dtype=bool)
-            for (dims, segments), n in zip(state, self.sizes, strict=True):
-                count = count + (dims == dim)
-                ways = ways * np.where(dims == dim, n, 1)
-                segmented = segmented | ((dims == dim) & (segments > 0))
-            fits = fits & ((count < 2) | (~segmented & (size % ways == 0)))
+        if info.shape not in self.fitting:
+            self.fitting[info.shape] = self._fitting(info.shape)
+        return self.fitting[info.shape][tuple(2 * (dims + 1) + (segments > 0) for dims, segments in state)]
+
+    def _fitting(self, shape: Sequence[int]) -> np.ndarray:
+        """_divides for every combination of one number per axis: twice the dim (0: not split), plus 1 where it is segmented."""
+        fits = np.ones([2 * (len(shape) + 1)] * len(self.sizes), dtype=bool)
+        numbers = np.indices(fits.shape)
+        for dim, size in enumerate(shape):
+            is_here = numbers // 2 == dim + 1
+            ways = np.prod([np.where(here, n, 1) for here, n in zip(is_here, self.sizes, strict=True)], axis=0)
+            segmented = (is_here & (numbers % 2 == 1)).any(axis=0)
+            fits &= (is_here.sum(axis=0) < 2) | (~segmented & (size % ways == 0))
         return fits

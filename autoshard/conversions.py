@@ -34,13 +34,17 @@ COMMUNICATES = frozenset(name for name, factor in WIRE.items() if factor(2))
 
 @dataclass(frozen=True)
 class Conversion:
-    """One row: `name` is the function that emitted programs call; `forward` and `backward` are what runs each way."""
+    """One row: `name` is the function that emitted programs call; `forward` and `backward` are what runs each way.
+
+    is_repeated: `forward` runs once more in backward, for what autograd would otherwise keep of the result.
+    """
 
     name: str
     src: str
     dst: str
     forward: Collective
     backward: Collective
+    is_repeated: bool = False
 
 
 CONVERSIONS = (
@@ -58,8 +62,13 @@ CONVERSIONS = (
     Conversion("keep_first", "R", "P", "keep_first", "keep_first"),
     Conversion("all_to_all", "S", "S", "all_to_all", "all_to_all"),
 )
+AGAIN = {  # row -> the row in its place where backward gathers again (autoshard.runtime.regather)
+    row.name: Conversion(f"{row.name}_again", row.src, row.dst, row.forward, row.backward, is_repeated=True)
+    for row in CONVERSIONS
+    if row.forward == "all_gather"
+}
 PADDING = ("mask_padding", "pad_shard")  # what else emitted programs call where a dim does not divide; each rank by itself
-BY_NAME = {row.name: row for row in CONVERSIONS}
+BY_NAME = {row.name: row for row in (*CONVERSIONS, *AGAIN.values())}
 STARTS = {f"start_{row.name}": row for row in CONVERSIONS if {row.forward, row.backward} & COMMUNICATES}  # of rows in two parts
 WAIT = "wait"  # the second part
 BY_KINDS = {(row.src, row.dst): row for row in CONVERSIONS}

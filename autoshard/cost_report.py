@@ -18,16 +18,16 @@ from rich.table import Table
 from torch import fx
 
 from autoshard.candidates import bound_rule, layouts_of
-from autoshard.conversions import BY_NAME, COMMUNICATES, WIRE, Step
+from autoshard.conversions import COMMUNICATES, WIRE
 from autoshard.costs import CostModel, optimizer_cost, split_of
 from autoshard.equations import Equation
 from autoshard.errors import InputError
 from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.passes.overlap_collectives import joined
 from autoshard.placements import Layout, padded_axes
-from autoshard.program import Program, call_of, facts, op_name, tensor_operands
+from autoshard.program import Program, call_of, facts, op_name, row_of, tensor_operands
 from autoshard.text import fold_name, human_bytes, human_seconds
-from autoshard.traffic import meter
+from autoshard.traffic import meter, sent_by
 
 if TYPE_CHECKING:
     import sympy
@@ -115,13 +115,11 @@ class Pricer:
         return [CostRow("", "padding", "", "memory", "", forward_s, backward_s, bytes_moved=moved)]
 
     def _conversion(self, node: fx.Node) -> list[CostRow]:
-        program, known, before = self.program, facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
-        name, axis = str(node.args[1]), program.mesh.index(str(node.args[1]))
-        row = BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-        whole = self.costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
-        rows = [self._sent(row.name, name, row.forward, whole, is_forward=True)]
-        if known.needs_grad:
-            rows.append(self._sent(row.name, name, row.backward, whole, is_forward=False))
+        row, sent = row_of(node), sent_by(self.program, node, self.costs)
+        ways = [(one, k == 0) for k, one in enumerate(sent)]
+        if row.is_repeated and self.program.is_training:
+            ways.append((sent[0], False))
+        rows = [self._sent(row.name, axis, name, whole, is_forward) for (axis, name, whole), is_forward in ways]
         return [found for found in rows if found.kind != "identity"]
 
     def _sent(self, op: str, axis: str, collective: str, whole: float, is_forward: bool, times: int = 1) -> CostRow:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from autoshard.candidates import bound_rule
-from autoshard.conversions import BY_NAME, COMMUNICATES, Step
+from autoshard.conversions import COMMUNICATES
 from autoshard.costs import CostModel, split_of
 from autoshard.errors import HardwareError, InputError
 from autoshard.measured import op_key
@@ -22,6 +22,7 @@ from autoshard.plan import Plan
 from autoshard.profile_file import Profile, load_profile, newest_profile
 from autoshard.profile_measuring import time_call
 from autoshard.program import Program, call_of, facts, tensor_operands
+from autoshard.traffic import sent_by
 
 _MOST_SHARE = 0.1  # of the predicted seconds outside the measured range that pass without a word
 
@@ -168,9 +169,6 @@ def _factors(node: fx.Node, costs: CostModel) -> list[str]:
 def _sent(program: Program, costs: CostModel) -> Iterator[tuple[float, float]]:
     """Bytes that the axis holds together, and seconds, of every collective of the conversions."""
     for node in program.nodes("conversion"):
-        known, before = facts(node), facts(node.args[0]).layout  # type: ignore[arg-type]
-        axis, row = program.mesh.index(str(node.args[1])), BY_NAME[node.target.__name__]  # type: ignore[union-attr]
-        whole = costs.whole_bytes(Step(axis, before[axis], known.layout[axis]), known.value, before)
-        for name in (row.forward, row.backward)[: 2 if known.needs_grad else 1]:
-            if name in COMMUNICATES and not known.is_constant:
-                yield whole, costs.collective_s(name, axis, whole)
+        for axis, name, whole in sent_by(program, node, costs):
+            if name in COMMUNICATES and not facts(node).is_constant:
+                yield whole, costs.collective_s(name, program.mesh.index(axis), whole)

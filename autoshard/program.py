@@ -54,7 +54,8 @@ class Facts:
     op: the op that a lowering stands for. is_drawn_whole: a random op that every rank computes whole, from torch's default
     generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
     runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. branch: the branches of torch.cond
-    that it stands in. number: what a traced node computes that is no tensor but a size.
+    that it stands in. gathers_again: copies of this weight that are gathered for an op are not kept for backward, which gathers
+    them again. number: what a traced node computes that is no tensor but a size.
     """
 
     role: Role
@@ -74,6 +75,7 @@ class Facts:
     strides: tuple[int, ...] = ()
     autocast: autocast.State = ()
     recompute: int | None = None
+    gathers_again: bool = False
     branch: Branch = ()
     number: int | float | None = None
 

@@ -11,9 +11,19 @@ import math
 
 from torch import fx
 
+from autoshard import runtime
 from autoshard.errors import TraceError
 from autoshard.placements import local_shape
-from autoshard.program import Program, facts, op_name, op_of
+from autoshard.program import Program, facts, op_name, op_of, row_of
+
+_RESHAPES = {
+    f"aten.{name}"
+    for name in (
+        "alias.default", "contiguous.default", "detach.default", "flatten.using_ints", "mT.default", "movedim.int", "numpy_T.default",
+        "permute.default", "reshape.default", "squeeze.default", "squeeze.dim", "t.default", "to.dtype", "transpose.int",
+        "unflatten.int", "unsqueeze.default", "view.default",
+    )
+}  # fmt: skip
 
 
 def settle_regions(program: Program) -> None:
@@ -34,6 +44,10 @@ def settle_regions(program: Program) -> None:
                 facts(node).recompute = number
     for number in numbers:
         _gather(program, number)
+    for node in program.nodes("conversion"):
+        row = row_of(node)
+        if row.is_repeated and facts(node).recompute is not None:  # the region runs again by itself
+            node.target = getattr(runtime, row.name.removesuffix("_again"))
     _refuse_written_buffers(program)
 
 
@@ -80,19 +94,27 @@ def _is_inserted(node: fx.Node) -> bool:
     known = facts(node)
     if known.recompute is not None:
         return False
-    is_cast = op_name(node) == "aten.to.dtype" and is_of_parameter(node)
+    is_cast = op_name(node) == "aten.to.dtype" and comes_from_parameter(node)
     return known.role == "conversion" or op_name(node) == "aten.detach.default" or is_cast
 
 
-def is_of_parameter(node: fx.Node) -> bool:
-    while facts(node).role == "conversion" or op_name(node) in ("aten.to.dtype", "aten.detach.default"):
+def repeats_gathers(program: Program) -> bool:
+    """Whether some weight is gathered once more in backward."""
+    return any(row_of(node).is_repeated for node in program.nodes("conversion"))
+
+
+def comes_from_parameter(node: fx.Node) -> bool:
+    """Whether a value is a parameter but for its place, dtype and shape."""
+    while facts(node).role in ("conversion", "projection") or op_name(node) in _RESHAPES:
+        if len(node.all_input_nodes) != 1:
+            return False
         node = node.all_input_nodes[0]
     return facts(node).role == "parameter"
 
 
 def _is_worth_repeating(program: Program, node: fx.Node, number: int | None) -> bool:
     source = node.all_input_nodes[0]
-    if facts(node).role != "conversion" or facts(source).recompute == number or is_of_parameter(node):
+    if facts(node).role != "conversion" or facts(source).recompute == number or comes_from_parameter(node):
         return True
     sizes = program.mesh.shape
     before, after = (local_shape(facts(n).value.shape, facts(n).layout, sizes) or () for n in (source, node))

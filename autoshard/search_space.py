@@ -11,8 +11,9 @@ Inputs, constants and what is computed from inputs alone are cheap and read ever
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,7 @@ from autoshard.program import Program, facts, native_layout, producer, tensor_op
 from autoshard.solver import Problem
 
 Value = tuple[fx.Node, int]  # a producing node and the number of its output
+_MANY_LAYOUTS = 200  # of one value: above, on three axes, it is offered in one layout only
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,9 @@ class SearchSpace:
                 seen[want] = seen.get(want, 0) + 1
         shared = [want for want, count in seen.items() if count > 1 and P not in want]
         alone = dict.fromkeys([*natives, *shared])
-        both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
+        both = []
+        if self.program.mesh.ndim < 3 or len(alone) <= _MANY_LAYOUTS:
+            both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
         return [*map(Supply, alone), *both]
 
     def _is_worth_both(self, native: Layout, hub: Layout, info: TensorInfo) -> bool:
@@ -214,38 +218,49 @@ class SearchSpace:
         """The solver's problem and what each of its variables stands for."""
         order: list[fx.Node | Value] = [*self.domains, *self.supplies]
         index = {what: k for k, what in enumerate(order)}
-        costs = [self._unary(what) for what in order]
-        pairs: dict[tuple[int, int], np.ndarray] = {}
+        costs = [self.unary(what) for what in order]
+        pairs: dict[tuple[int, ...], np.ndarray] = {}
 
         def add(a: int, b: int, matrix: np.ndarray) -> None:
             key, oriented = ((a, b), matrix) if a < b else ((b, a), self._transposed(matrix))
             pairs[key] = pairs[key] + oriented if key in pairs else oriented
 
         for value, supplies in self.supplies.items():
-            add(index[value[0]], index[value], self._made(value, supplies))
+            add(index[value[0]], index[value], self.made(value, supplies))
         for value, users in self.uses.items():
             for user, k in users:
                 if user not in self.domains:
                     continue
                 if value in self.supplies:
-                    add(index[value], index[user], self._offer(value, user, k))
+                    add(index[value], index[user], self.offer(value, user, k))
                 elif value not in self.fixed:
-                    add(index[value[0]], index[user], self._convert(value, user, k))
-        memory = tuple(
-            np.array([c.kept_bytes for c in self.domains[w]] if isinstance(w, fx.Node) else [0.0] * len(self.supplies[w])) for w in order
-        )
-        return Problem(tuple(costs), pairs, memory), order
+                    add(index[value[0]], index[user], self.convert(value, user, k))
+        return Problem(tuple(costs), pairs), order
+
+    def at(self, choice: Mapping[fx.Node | Value, int]) -> SearchSpace:
+        """The space of one plan: every variable has the choice that it took."""
+        new = copy.copy(self)
+        single: dict[tuple[int, int], list] = {}
+
+        def only(options: list, k: int) -> list:
+            return single.setdefault((id(options), k), [options[k]])  # equal layers share lists, and so tables
+
+        new.domains = {node: only(domain, choice[node]) for node, domain in self.domains.items()}
+        new.supplies = {value: only(ways, choice[value]) for value, ways in self.supplies.items()}
+        return new
 
     def _transposed(self, matrix: np.ndarray) -> np.ndarray:
-        return self._remember(("T", id(matrix)), lambda: np.ascontiguousarray(matrix.T), matrix)
+        return self.remember(("T", id(matrix)), lambda: np.ascontiguousarray(matrix.T), matrix)
 
-    def _remember(self, key: object, make, *alive: object) -> np.ndarray:
+    def remember(self, key: object, make: Callable[[], np.ndarray], *alive: object) -> np.ndarray:
+        """`make()`, once per key; `alive` are the objects whose ids are in the key."""
         if key not in self._tables:
             self._keep.extend(alive)
             self._tables[key] = make()
         return self._tables[key]
 
-    def _unary(self, what: fx.Node | Value) -> np.ndarray:
+    def unary(self, what: fx.Node | Value) -> np.ndarray:
+        """Seconds of each choice by itself, with what leads to and from nodes that are not searched."""
         if not isinstance(what, fx.Node):
             return self._supply_costs(what)
         own = np.array([self._draw(c.cost_s) for c in self.domains[what]])
@@ -279,46 +294,47 @@ class SearchSpace:
 
     def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         info, have = facts(value[0]).values[value[1]], self.fixed[value]
-        return self._matrix([have], [c.inputs[k] for c in self.domains[user]], info)[0]
+        return self.seconds([have], [c.inputs[k] for c in self.domains[user]], info)[0]
 
-    def _made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
+    def made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
         """Between the maker and the supply: the conversion to the hub."""
         domain, info = self.domains[value[0]], facts(value[0]).values[value[1]]
         natives = [c.outputs[value[1]] for c in domain]
         key = ("made", id(domain), value[1], tuple(supplies), info)
 
         def make() -> np.ndarray:
-            seconds = self._matrix(natives, [way.hub for way in supplies], info)
+            seconds = self.seconds(natives, [way.hub for way in supplies], info)
             fitting = np.array([[way.native in (None, native) for way in supplies] for native in natives])
             return np.where(fitting, seconds, math.inf)
 
-        return self._remember(key, make, domain)
+        return self.remember(key, make, domain)
 
-    def _convert(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+    def convert(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between the only producer and the only reader."""
         producer_domain, reader_domain = self.domains[value[0]], self.domains[user]
         info = facts(value[0]).values[value[1]]
         have, want = [c.outputs[value[1]] for c in producer_domain], [c.inputs[k] for c in reader_domain]
         key = ("convert", id(producer_domain), value[1], id(reader_domain), k, info)
-        return self._remember(key, lambda: self._matrix(have, want, info), producer_domain, reader_domain)
+        return self.remember(key, lambda: self.seconds(have, want, info), producer_domain, reader_domain)
 
-    def _offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+    def offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between a supply and one of its readers: from the hub, or from the native layout where both are offered."""
         supplies, domain = self.supplies[value], self.domains[user]
         info = facts(value[0]).values[value[1]]
         want = [c.inputs[k] for c in domain]
 
         def make() -> np.ndarray:
-            from_native = self._matrix([way.native or way.hub for way in supplies], want, info)
-            return np.minimum(self._matrix([way.hub for way in supplies], want, info), from_native)
+            from_native = self.seconds([way.native or way.hub for way in supplies], want, info)
+            return np.minimum(self.seconds([way.hub for way in supplies], want, info), from_native)
 
-        return self._remember(("offer", tuple(supplies), id(domain), k, info), make, domain)
+        return self.remember(("offer", tuple(supplies), id(domain), k, info), make, domain)
 
-    def _matrix(self, have: list[Layout], want: list[Layout], info: TensorInfo) -> np.ndarray:
+    def seconds(self, have: Sequence[Layout], want: Sequence[Layout], info: TensorInfo) -> np.ndarray:
+        """f64[len(have), len(want)] of converting a value, both directions where it has a gradient."""
         return self._conversions.seconds(have, want, info)
 
     def _route_s(self, have: Layout, want: Layout, info: TensorInfo) -> float:
-        return float(self._matrix([have], [want], info)[0, 0])
+        return float(self.seconds([have], [want], info)[0, 0])
 
     def _draw(self, seconds: float) -> float:
         """A random price in place of the real one, when random plans are asked for."""

@@ -6,6 +6,8 @@ its axis, by the same tables and the same cut and join as on real processes.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,12 +16,13 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from autoshard import autocast
+from autoshard import autocast, runtime
 from autoshard.branches import is_either, predicates, runs, taken
 from autoshard.mesh import MeshSpec
 from autoshard.placements import padded_axes, shard, unshard
 from autoshard.program import Program, facts, is_of_runtime
 from autoshard.quiet_random import without_draws
+from autoshard.regions import repeats_gathers
 from autoshard.runtime import Collective, Started, change_padding, cut, join, mix, pad_cut, pad_shard, seeded, trim_joined
 
 
@@ -117,6 +120,16 @@ class SimulatedAxis:
         if self.size == 1:
             return source
         return Ranks(_Wait.apply(self, started.backward, len(source.values), *source.values, *pending.values))
+
+    def pieces_again(self, x: Ranks, result: Ranks, forward: Collective, source: Callable) -> list[tuple[torch.Tensor, Callable]]:
+        """Per rank the result and what makes it again: the whole group's sources, gathered."""
+        sources = [source(value) for value in x.values]
+
+        def make(rank: int) -> torch.Tensor:
+            group = next(group for group in self.groups() if rank in group)
+            return run_group(forward, [sources[other]() for other in group])[group.index(rank)].clone()
+
+        return [(value, functools.partial(make, rank)) for rank, value in enumerate(result.values)]
 
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Ranks:
         leaves = [value for arg in args if isinstance(arg, Ranks) for value in arg.values]
@@ -283,6 +296,13 @@ def run_program(
     A parameter or buffer may be the Ranks of an earlier simulation's `leaves` instead: training goes on with those very
     tensors. is_random: False switches random ops off (autoshard.quiet_random).
     """
+    with runtime.shards_kept() if repeats_gathers(program) else contextlib.nullcontext():
+        return _run_nodes(program, tensors, inputs, seed if is_random else None)
+
+
+def _run_nodes(
+    program: Program, tensors: Mapping[str, torch.Tensor | Ranks], inputs: Mapping[str, torch.Tensor], seed: int | None
+) -> Simulation:
     simulation = Simulation(program)
     env: dict[fx.Node, Any] = {}
     axes = {name: SimulatedAxis(program.mesh, name) for name in program.mesh.axes}
@@ -307,7 +327,7 @@ def run_program(
             env[node] = env[taken(node, holds)]
         else:
             with autocast.entered(known.autocast):
-                env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed if is_random else None)
+                env[node] = _run_node(program, node, axes, lambda tree: fx.map_arg(tree, lambda n: env[n]), seed)
         simulation.values[node.name] = env[node]
     return simulation
 

@@ -193,7 +193,8 @@ def _conversion_work(program: Program, node: fx.Node, costs: CostModel) -> Work:
         found = [task] if launches and task.seconds else []
         found += [Task("wait", stream, wait.name)] if waits and task.verb == "launch" and task.seconds else []
         ways.append(tuple(found))
-    return Work(ways[0], ways[1] if known.needs_grad else (), known.recompute)
+    again = ways[0] if row.is_repeated and program.is_training else ()
+    return Work(ways[0], (*again, *(ways[1] if known.needs_grad else ())), known.recompute)
 
 
 def _copy_seconds(program: Program, node: fx.Node, costs: CostModel) -> tuple[dict[str, float], dict[str, float]]:

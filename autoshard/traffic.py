@@ -114,11 +114,20 @@ def wire_bytes(program: Program, node: fx.Node, costs: CostModel) -> tuple[float
     return sent[0], sum(sent[1:])
 
 
+def is_sent_again(node: fx.Node) -> bool:
+    """Whether what a conversion or an op sends in forward is sent once more in backward."""
+    is_repeated = facts(node).role == "conversion" and row_of(node).is_repeated
+    return is_repeated or facts(node).recompute is not None
+
+
 def all_sent(program: Program, costs: CostModel) -> Iterator[Sent]:
     """Every collective of one forward and backward pass of a rank; constants are converted once and not counted."""
     for node in program.nodes("conversion"):
         if not facts(node).is_constant:
-            yield from sent_by(program, node, costs)
+            sent = sent_by(program, node, costs)
+            yield from sent
+            if program.is_training and is_sent_again(node):
+                yield sent[0]
     for node in program.nodes("op"):
         yield from sent_inside(program, node)
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
 from torch import fx
 
+from autoshard.budget import fit
+from autoshard.budget_space import What, blocks_of, memory_of_plan
 from autoshard.candidates import Candidate, bound_rule
 from autoshard.constraints import Pin, Template, pins_of, template_constraints
 from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, ConstraintError
 from autoshard.hardware import Hardware
+from autoshard.layers import Layer, find_layers
 from autoshard.placements import Layout
 from autoshard.program import Program, draws_random, facts, native_layout, op_name, producer, tensor_operands
 from autoshard.search_space import SearchSpace, Value
 from autoshard.solver import InfeasibleError, Problem, Solution, solve
+from autoshard.text import human_bytes
 
 _ENTRIES_OF_A_RANDOM_PLAN = 2**18
 
@@ -30,8 +34,9 @@ class AnnotateShardings:
 
     constraints: layout by name pattern (autoshard.constraints). fixed_parameters: layouts that parameters already have.
     overrides: constraints that stand in place of all others on the values they name.
-    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and activations kept for
-    backward. seed: draw random prices instead of real ones, which makes a random sound plan.
+    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and what autograd keeps for
+    backward; where the fastest plan is over it, weights may be gathered again and layers run again in backward
+    (autoshard.budget). seed: draw random prices instead of real ones, which makes a random sound plan.
     Raises ConstraintError, BudgetError.
     """
 
@@ -61,6 +66,7 @@ class AnnotateShardings:
             if rival.stats["objective_s"] < found.stats["objective_s"]:
                 rival.note(f"no plan was found that is cheaper than that of template {template!r}")
                 rival.stats["bound_s"] = found.stats["bound_s"]
+                rival.stats["gap"] = rival.stats["objective_s"] / max(found.stats["bound_s"], 1e-30) - 1
                 found = rival
         return found
 
@@ -69,33 +75,49 @@ class AnnotateShardings:
         pins = self._pins(program, self.constraints)
         space = self._space(program, pins)
         problem, order = space.problem()
+        problem = replace(problem, blocks=blocks_of(space, order, find_layers(program)))
         program.stats["build_s"] = time.perf_counter() - started
         started = time.perf_counter()
         try:
             solution = self._solve(problem)
         except InfeasibleError as error:
-            if "budget" in str(error):
-                raise BudgetError(
-                    f"no plan on {program.mesh} fits: {error}; use more ranks on the axes that split, or a larger budget"
-                ) from error
             raise ConstraintError(self._conflict(program)) from error
-        program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(order), "largest_table": solution.largest_table}
-        choice = dict(zip(order, solution.choices, strict=True))
+        choice: Mapping[What, int] = dict(zip(order, solution.choices, strict=True))
+        kept_bytes, repeated = memory_of_plan(space, choice), list[fx.Node]()  # type: ignore[arg-type]
+        if self.memory_budget_bytes is not None and kept_bytes > self.memory_budget_bytes:
+            fitted = fit(space, self.memory_budget_bytes)
+            space, choice, solution, kept_bytes = fitted.space.space, fitted.choice, fitted.solution, fitted.kept_bytes
+            program.stats["build_s"] += fitted.build_s
+            started += fitted.build_s
+            _mark_repeated(program, fitted.repeated)
+            repeated = [node for layer in fitted.repeated for node in layer.nodes]
+        program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(choice), "largest_table": solution.largest_table}
         decided_s = _decided_s(program, space, choice) if self.seed is None else 0.0
         program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": solution.bound_s + decided_s}
-        program.stats["kept_bytes"] = solution.memory_bytes
+        program.stats |= {"kept_bytes": kept_bytes, "gap": program.stats["objective_s"] / max(program.stats["bound_s"], 1e-30) - 1}
         taken = {**space.chosen, **{node: options[choice[node]] for node, options in space.domains.items()}}
-        program.stats["ops_s"] = sum(candidate.cost_s for node, candidate in taken.items() if not facts(node).is_constant)
+        again_s = sum(float(space.table.forward_s(node, [taken[node]])[0]) for node in repeated)
+        program.stats["ops_s"] = sum(c.cost_s for node, c in taken.items() if not facts(node).is_constant) + again_s
         _write(program, space, choice)
         _report(program, space, solution, self.seed is not None)
+        self._warn(program, kept_bytes)
         return program
 
     def _solve(self, problem: Problem) -> Solution:
-        """The best choices. Of random prices any choices do: tables stay small then, unless that finds none."""
+        """The best choices without a budget. Of random prices any choices do: tables stay small then, unless that finds none."""
         if self.seed is not None:
             with contextlib.suppress(InfeasibleError):
-                return solve(problem, self.memory_budget_bytes, max_table_entries=_ENTRIES_OF_A_RANDOM_PLAN)
-        return solve(problem, self.memory_budget_bytes)
+                return solve(problem, max_table_entries=_ENTRIES_OF_A_RANDOM_PLAN)
+        return solve(problem)
+
+    def _warn(self, program: Program, kept_bytes: float) -> None:
+        """Say when a plan that nobody limited does not fit the device."""
+        available = self.hardware.device.memory_bytes
+        if self.memory_budget_bytes is None and program.is_training and kept_bytes > available:
+            program.note(
+                f"a rank keeps {human_bytes(kept_bytes)} by prediction, a device of hardware {self.hardware.name!r} has "
+                f"{human_bytes(available)}; memory_budget_bytes={0.9 * available:.3g} searches for a plan that fits"
+            )
 
     def _pins(self, program: Program, constraints: Mapping[str, str]) -> dict[fx.Node, list[Pin]]:
         pins = pins_of(program, constraints)
@@ -125,7 +147,17 @@ class AnnotateShardings:
         return f"no plan on {program.mesh} satisfies these constraints together: {shown}. Drop or change one of them."
 
 
-def _decided_s(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value, int]) -> float:
+def _mark_repeated(program: Program, layers: Sequence[Layer]) -> None:
+    """Number the regions that backward runs again, behind those that the model has."""
+    number = max((facts(node).recompute or 0 for node in program.nodes()), default=0)
+    for layer in layers:
+        number += 1
+        nodes = set(layer.nodes)
+        for node in (*layer.nodes, *(n for n in program.nodes("projection") if producer(n)[0] in nodes)):
+            facts(node).recompute = number
+
+
+def _decided_s(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> float:
     """Seconds that the search does not see: of what was decided before it, which differs between plans that take inputs differently.
 
     The search charges every reader of a decided value for its own conversion. The program makes equal ones once, so what was
@@ -153,13 +185,13 @@ def _decided_s(program: Program, space: SearchSpace, choice: Mapping[fx.Node | V
     return total + sum(wanted.values())
 
 
-def _write(program: Program, space: SearchSpace, choice: Mapping[fx.Node | Value, int]) -> None:
+def _write(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> None:
     """Record the chosen strategies and layouts on the nodes."""
     for node in program.graph.nodes:
         known = facts(node)
         if node in space.domains or node in space.chosen:
             chosen: Candidate = space.domains[node][choice[node]] if node in space.domains else space.chosen[node]
-            known.strategies, known.layouts = chosen.strategies, chosen.outputs
+            known.strategies, known.layouts, known.gathers_again = chosen.strategies, chosen.outputs, chosen.gathers_again
         elif known.role in ("input", "buffer"):
             known.layouts = known.layouts or (native_layout(program.mesh.ndim, known.needs_grad),)
     for node in program.nodes("projection"):
@@ -187,5 +219,6 @@ def _report(program: Program, space: SearchSpace, solution: Solution, is_random:
         )
     if not solution.is_exact and not is_random:
         program.note(
-            f"the plan is within {(solution.objective_s / max(solution.bound_s, 1e-12) - 1) * 100:.1f} % of the best possible (proven)"
+            f"the predicted step is within {100 * program.stats['gap']:.2g} % of the best possible (proven, of plans in which every value "
+            "has one layout that its readers share)"
         )

@@ -24,7 +24,7 @@ from autoshard.instantiation import multiple_of
 from autoshard.ops import lowerings
 from autoshard.placements import format_layout, padded_axes
 from autoshard.program import Facts, Program, facts, is_of_runtime, is_wait, row_of
-from autoshard.regions import results, statistics
+from autoshard.regions import repeats_gathers, results, statistics
 from autoshard.symbolic import Real, Size, Symbol
 from autoshard.text import describe_value, short_dtype
 
@@ -43,7 +43,8 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         body = [*_constants(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
-        imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "zero_gradients"})
+        used |= {"gathers_again"} if repeats_gathers(program) else set()
+        imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
@@ -79,7 +80,8 @@ def _bind_sizes(program: Program, lines: list[str]) -> list[str]:
                 ways = math.prod(n for p, n in zip(known.layout, program.mesh.shape, strict=True) if p.is_split and p.dim == dim)
                 text = f"        {size} = {_argument(program, known.name)}.shape[{dim}]{f' * {ways}' if ways > 1 else ''}"
                 bound[str(size)] = f"{text.ljust(_COMMENT_COLUMN)}  # of all ranks together" if ways > 1 else text
-    return [*lines[:2], *bound.values(), *lines[2:]]
+    start = next(k for k, line in enumerate(lines) if line.lstrip().startswith("def forward(")) + 2
+    return [*lines[:start], *bound.values(), *lines[start:]]
 
 
 def _argument(program: Program, name: str) -> str:
@@ -134,7 +136,9 @@ def _is_frontier(node: fx.Node) -> bool:
 def _forward(program: Program) -> list[str]:
     inputs = [node.name for node in program.nodes("input")]
     axes = ", ".join(program.mesh.axes) + ("," if program.mesh.ndim == 1 else "")
-    lines = [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
+    lines = ["    @gathers_again  # autograd keeps shards of the weights of all_gather_again, and backward gathers them again"]
+    lines = lines if repeats_gathers(program) else []
+    lines += [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
     lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_frontier(node)]
     text = _Text(program, lines)
     for node in program.nodes("input"):
@@ -316,6 +320,7 @@ def _commented(text: str, known: Facts, program: Program, node: fx.Node | None =
     if known.role == "conversion" and node is not None:
         row = row_of(node)
         both = f"{row.forward}; backward {row.backward}" if known.needs_grad else row.forward
+        both += ", and all_gather again" if row.is_repeated else ""
         comment += f"   {both}"
     if known.role == "mask":
         comment += "   zero at padding"

@@ -14,7 +14,7 @@ from torch import fx
 from autoshard import runtime
 from autoshard.branches import settle_branches
 from autoshard.candidates import leaving_layout
-from autoshard.conversions import Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
+from autoshard.conversions import AGAIN, Step, is_step_sound, replace_axis, step_arguments, step_sizes, without_gradient
 from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
@@ -115,6 +115,7 @@ class _Router:
 def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     """Add the node of one conversion step at the graph's insertion point."""
     known, axis = facts(node), program.mesh.axes[step.axis]
+    row = AGAIN.get(step.row.name, step.row) if known.gathers_again else step.row
     after = replace_axis(known.layout, step.axis, step.dst)
     if not is_step_sound(known.layout, step):
         raise PlacementError(
@@ -123,8 +124,7 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
     kwargs: dict[str, Any] = step_sizes(known.layout, step, known.value.shape, program.mesh.shape)
     stem = known.name if known.role == "conversion" else node.name
-    new = program.graph.create_node(
-        "call_function", getattr(runtime, step.row.name), (node, axis, *args), kwargs, name=f"{stem}_{step.row.name}"
-    )
-    set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant))
+    new = program.graph.create_node("call_function", getattr(runtime, row.name), (node, axis, *args), kwargs, name=f"{stem}_{row.name}")
+    again = known.gathers_again  # of every copy that is made on the way
+    set_facts(new, Facts("conversion", (known.value,), stem, known.source, (after,), is_constant=known.is_constant, gathers_again=again))
     return new

@@ -102,16 +102,20 @@ class _Chain:
 
 def _is_movable(program: Program, node: fx.Node) -> bool:
     """What may be taken apart, and what leads from a parameter to it."""
-    return facts(node).recompute is None and bool(node.users) and (_may_split(program, node) or _is_of_parameter(node))
+    known = facts(node)
+    if known.recompute is not None or known.branch or not node.users:
+        return False
+    return _may_split(program, node) or _is_of_parameter(node)
 
 
 def _may_split(program: Program, node: fx.Node) -> bool:
     known = facts(node)
-    if known.role != "conversion" or known.is_constant or known.recompute is not None or node.kwargs or is_wait(node):
+    if known.role != "conversion" or known.is_constant or known.recompute is not None or known.branch or node.kwargs or is_wait(node):
         return False
     row = row_of(node)
     moves = row.forward in COMMUNICATES or (row.backward in COMMUNICATES and known.needs_grad)
-    return moves and program.mesh.shape[program.mesh.index(str(node.args[1]))] > 1 and not known.value.dtype.is_complex
+    is_alone = program.mesh.shape[program.mesh.index(str(node.args[1]))] == 1
+    return moves and not row.is_repeated and not is_alone and not known.value.dtype.is_complex
 
 
 def _is_of_parameter(node: fx.Node) -> bool:

@@ -37,55 +37,77 @@ def problems(draw: st.DrawFn) -> Problem:
         return np.where(rng.random(shape) < forbidden, math.inf, rng.integers(-3, 9, shape).astype(float))
 
     shared = [table(3, 3) for _ in range(2)]
+    pairs: dict = {(u, v): shared[(u + v) % 2] if is_uniform else table(sizes[u], sizes[v]) for u, v in scopes}
+    if count > 2 and draw(st.booleans()):  # tables over three variables
+        threes = draw(st.lists(st.sampled_from(list(itertools.combinations(range(count), 3))), max_size=3, unique=True))
+        pairs |= {scope: table(*(sizes[v] for v in scope)) for scope in threes}
+    held = {scope: rng.integers(0, 9, pairs[scope].shape).astype(float) for scope in pairs if rng.random() < 0.5}
+    order = list(rng.permutation(count))
+    blocks = (order[: count // 2], order[count // 2 :]) if draw(st.booleans()) else ()
     return Problem(
         costs=tuple(table(s) for s in sizes),
-        pairs={(u, v): shared[(u + v) % 2] if is_uniform else table(sizes[u], sizes[v]) for u, v in scopes},
+        pairs=pairs,
         memory_bytes=tuple(rng.integers(0, 9, s).astype(float) for s in sizes),
+        pair_bytes=held,
+        blocks=tuple(tuple(sorted(map(int, block))) for block in blocks),
     )
 
 
-def middle_problem(seed: int, count: int = 25, size: int = 4, reach: int = 3) -> Problem:
-    """A chain whose variables also meet some of the `reach` before them: treewidth up to `reach`."""
+def middle_problem(seed: int, count: int = 25, size: int = 4, reach: int = 3, has_more: bool = False) -> Problem:
+    """A chain whose variables also meet some of the `reach` before them: treewidth up to `reach`.
+
+    has_more: tables over three variables too, and memory on every table.
+    """
     rng = np.random.default_rng(seed)
     scopes = [(u, v) for v in range(count) for u in range(max(0, v - reach), v) if u == v - 1 or rng.random() < 0.4]
     pairs = {scope: np.where(rng.random((size, size)) < 0.08, math.inf, rng.random((size, size))) for scope in scopes}
     memory = tuple(rng.integers(1, 1000, size).astype(float) for _ in range(count))
-    return Problem(tuple(rng.random(size) for _ in range(count)), pairs, memory)
+    alone = tuple(rng.random(size) for _ in range(count))
+    if not has_more:
+        return Problem(alone, pairs, memory)
+    threes = [(v, v + 1, v + 2) for v in range(0, count - 2, 3)]
+    pairs |= {scope: rng.random((size, size, size)) for scope in threes}
+    return Problem(alone, pairs, memory, {scope: rng.integers(0, 1000, pairs[scope].shape).astype(float) for scope in pairs})
 
 
 def cost_of(problem: Problem, choices: tuple[int, ...]) -> float:
     unary = sum(table[i] for table, i in zip(problem.costs, choices, strict=True))
-    return float(unary + sum(table[choices[u], choices[v]] for (u, v), table in problem.pairs.items()))
+    return float(unary + sum(table[tuple(choices[v] for v in scope)] for scope, table in problem.pairs.items()))
+
+
+def bytes_of(problem: Problem, choices: tuple[int, ...]) -> float:
+    alone = sum(table[i] for table, i in zip(problem.memory_bytes, choices, strict=True))
+    return float(alone + sum(table[tuple(choices[v] for v in scope)] for scope, table in problem.pair_bytes.items()))
 
 
 def brute_force(problem: Problem, budget: float = math.inf) -> float:
     """Least cost within the budget; inf when nothing is allowed."""
     fitting = (
-        choices
-        for choices in itertools.product(*(range(len(table)) for table in problem.costs))
-        if sum(table[i] for table, i in zip(problem.memory_bytes, choices, strict=True)) <= budget
+        choices for choices in itertools.product(*(range(len(table)) for table in problem.costs)) if bytes_of(problem, choices) <= budget
     )
     return min((cost_of(problem, choices) for choices in fitting), default=math.inf)
 
 
 def ilp(problem: Problem, budget: float = math.inf) -> float:
-    """The same by HiGHS: one binary per choice, one variable per pair of choices whose margins are those binaries."""
+    """The same by HiGHS: one binary per choice, one variable per entry of a table whose margins are those binaries."""
     offsets = np.cumsum([0, *map(len, problem.costs)])
     columns, rows, cost = int(offsets[-1]), [], list(np.concatenate(problem.costs))
     for offset, table in zip(offsets, problem.costs, strict=False):
         rows.append(({int(offset) + i: 1.0 for i in range(len(table))}, 1.0))
-    for (u, v), table in problem.pairs.items():
+    held = list(np.concatenate(problem.memory_bytes)) if problem.memory_bytes else []
+    for scope, table in problem.pairs.items():
         at = columns + np.arange(table.size).reshape(table.shape)
-        for w, lines in ((u, at), (v, at.T)):
+        for dim, w in enumerate(scope):
+            lines = np.moveaxis(at, dim, 0).reshape(table.shape[dim], -1)
             rows += [({**dict.fromkeys(map(int, line), 1.0), int(offsets[w]) + i: -1.0}, 0.0) for i, line in enumerate(lines)]
         columns, cost = columns + table.size, cost + list(table.ravel())
+        held += list(problem.pair_bytes.get(scope, np.zeros(table.shape)).ravel())
     entries = [(r, c, value) for r, (row, _) in enumerate(rows) for c, value in row.items()]
     r, c, values = map(list, zip(*entries, strict=True))
     totals = [total for _, total in rows]
     constraints = [LinearConstraint(sparse.csr_array((values, (r, c)), shape=(len(rows), columns)), totals, totals)]
     if budget < math.inf:
-        memory = np.concatenate([*problem.memory_bytes, np.zeros(columns - offsets[-1])])
-        constraints.append(LinearConstraint(memory[None], -math.inf, budget))
+        constraints.append(LinearConstraint(np.array(held)[None], -math.inf, budget))
     upper = np.where(np.isinf(cost), 0.0, 1.0)
     whole = (np.arange(columns) < offsets[-1]).astype(int)
     result = milp(
@@ -97,7 +119,7 @@ def ilp(problem: Problem, budget: float = math.inf) -> float:
 
 def assert_consistent(problem: Problem, solution: Solution) -> None:
     assert solution.objective_s == pytest.approx(cost_of(problem, solution.choices), rel=1e-12)
-    assert solution.memory_bytes == sum(t[i] for t, i in zip(problem.memory_bytes, solution.choices, strict=True))
+    assert solution.memory_bytes == bytes_of(problem, solution.choices)
     assert solution.bound_s <= solution.objective_s < math.inf
     assert solution.is_exact == (solution.bound_s == solution.objective_s)
 
@@ -142,7 +164,7 @@ def test_table_limit_brackets_brute_force(problem: Problem, limit: int, budget: 
     with contextlib.suppress(InfeasibleError):  # the search may miss the few assignments that are allowed
         solution = solve(problem, budget, max_table_entries=limit)
         assert_consistent(problem, solution)
-        assert solution.largest_table <= max(limit, *map(len, problem.costs))
+        assert solution.largest_table <= max(limit, *map(len, problem.costs), *(t.size for t in problem.pairs.values()))
         assert solution.bound_s <= least + 1e-9
         assert least <= solution.objective_s
 
@@ -157,10 +179,13 @@ def test_equals_ilp(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("share", [0.9, 0.6])
-def test_budget_brackets_ilp(seed: int, share: float) -> None:
-    problem = middle_problem(seed, count=20, reach=2)
-    budget = share * solve(problem).memory_bytes
+@pytest.mark.parametrize("share", [0.7, 0.3])
+@pytest.mark.parametrize("has_more", [False, True])
+def test_budget_brackets_ilp(seed: int, share: float, has_more: bool) -> None:
+    problem = middle_problem(seed, count=12 if has_more else 20, reach=2, has_more=has_more)
+    with pytest.raises(InfeasibleError) as nothing:
+        solve(problem, 0)
+    budget = nothing.value.least_bytes + share * (solve(problem).memory_bytes - nothing.value.least_bytes)
     solution, least = solve(problem, budget), ilp(problem, budget)
     assert_consistent(problem, solution)
     assert solution.memory_bytes <= budget
@@ -199,6 +224,21 @@ def test_repeated_layers_are_eliminated_once() -> None:
         step = (inner.min(axis=1)[:, :, None] + c[None]).min(axis=1) + skip
         reached = (reached[:, None] + step).min(axis=0) + by_hand.costs[0]
     assert many.objective_s == pytest.approx(reached.min(), rel=1e-12)
+
+
+def test_blocks_change_nothing_but_the_work() -> None:
+    plain = layered(64)
+    blocks = tuple((3 * k, 3 * k + 1, 3 * k + 2) for k in range(64))
+    solution = solve(replace(plain, blocks=blocks))
+    assert solution.objective_s == pytest.approx(solve(plain).objective_s, rel=1e-12)
+    assert solution.distinct_eliminations < 32
+    memory = tuple(np.arange(len(cost), dtype=float)[::-1].copy() for cost in plain.costs)
+    budgeted = replace(plain, memory_bytes=memory)
+    budget = 0.8 * solve(budgeted, 1e9).memory_bytes
+    alike = [solve(problem, budget) for problem in (budgeted, replace(budgeted, blocks=blocks))]
+    assert alike[0].bound_s == pytest.approx(alike[1].bound_s, rel=1e-9)
+    assert all(solution.memory_bytes <= budget for solution in alike)
+    assert all(solution.objective_s <= solution.bound_s * 1.01 for solution in alike)
 
 
 def test_repeated_layers_solve_alike_when_pruned_or_not() -> None:
@@ -265,6 +305,7 @@ def test_infeasible_under_the_budget_says_what_is_reachable() -> None:
         (Problem((np.zeros(0),), {}), r"costs\[0\] has shape \(0,\)"),
         (Problem((np.zeros(2), np.zeros(3)), {(0, 1): np.zeros((3, 2))}), r"pairs\[0, 1\] has shape \(3, 2\), expected \(2, 3\)"),
         (Problem((np.zeros(2), np.zeros(3)), {(1, 0): np.zeros((3, 2))}), r"pair \(1, 0\) is not"),
+        (Problem((np.zeros(2),), {}, None, {(0, 1): np.zeros((2, 2))}), r"pair_bytes has scopes that pairs does not: \[\(0, 1\)\]"),
     ],
 )
 def test_malformed_problem(problem: Problem, text: str) -> None:

@@ -31,4 +31,5 @@ from .program import mix as mix
 from .program import seeded as seeded
 from .recurrent import *  # noqa: F403
 from .reduction import *  # noqa: F403
+from .regather import *  # noqa: F403
 from .selection import *  # noqa: F403

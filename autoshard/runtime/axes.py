@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,11 @@ class Axis(NamedTuple):
         if torch.is_grad_enabled() and started.source.requires_grad:
             return _Wait.apply(started.source, started.pending, self, started.forward, started.backward)
         return finish(started.forward, started.pending, self, started.source.shape)
+
+    def pieces_again(self, x: Tensor, result: Tensor, forward: Collective, source: Callable) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+        """`result`, which `forward` made of `x`, and what makes it again; `source(x)` is what has x again."""
+        again = source(x)
+        return [(result, lambda: run(forward, again(), self))]
 
     def apply(self, function: type[torch.autograd.Function], *args: Any) -> Any:
         """`function.apply(*args)`, for a function that communicates on its own; it has one result."""
