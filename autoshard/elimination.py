@@ -25,11 +25,16 @@ BLOCK_ENTRIES = 2**15  # of a block of `_min_sum`: 256 KiB of float64, which sta
 Key = tuple[tuple[int, Scope], ...]  # of a bucket: (table id, position in the scope of each of its dims)
 
 
+class WideError(Exception):
+    """Elimination would take more work than was granted."""
+
+
 class Elimination:
     """Bucket elimination over (scope, table id) factors. `bound`: the least total, or below it if `is_split`.
 
     blocks: sets of variables to eliminate first, each by itself; blocks that meet equal tables alike are done once, so that
     a model of many equal layers takes little longer than one of few. kept: variables that are not eliminated.
+    most_work: entries to add up at most; raises WideError when it takes more.
     """
 
     def __init__(
@@ -40,10 +45,12 @@ class Elimination:
         limit: float,
         blocks: Sequence[Sequence[int]] = (),
         kept: Collection[int] = (),
+        most_work: float = math.inf,
     ) -> None:
         self.bound, self.largest_table, self.is_split = 0.0, 1, False
         self.messages: dict[Key, tuple[int, float]] = {}
         self._pool, self._limit, self._done = pool, limit, set(kept)
+        self._most_work, self._work = most_work, 0
         self._known: dict[Key, Elimination] = {}  # by the tables of a block
         self._factors: list[tuple[Scope, int]] = []
         self._factors_of: list[set[int]] = [set() for _ in range(count)]
@@ -68,7 +75,7 @@ class Elimination:
         key = tuple(sorted((table, tuple(place[v] for v in scope)) for scope, table in (self._factors[f] for f in touched)))
         if key not in self._known:
             local = [(scope, table) for table, scope in key]
-            part = Elimination(self._pool, len(variables), local, self._limit, kept=range(len(block), len(variables)))
+            part = Elimination(self._pool, len(variables), local, self._limit, (), range(len(block), len(variables)), self._most_work)
             self._known[key] = part
             self.messages.update(part.messages)
             self.largest_table, self.is_split = max(self.largest_table, part.largest_table), self.is_split or part.is_split
@@ -167,6 +174,7 @@ class Elimination:
         """Message of a bucket, shifted to a least entry of 0 so that repeated layers meet equal tables; and the shift."""
         if key not in self.messages:
             dims = 1 + max(p for _, positions in key for p in positions)
+            self._count(key)
             message = _min_sum([_align(self._pool[table], positions, dims) for table, positions in key])
             least = float(message.min())
             if least == math.inf:
@@ -174,6 +182,13 @@ class Elimination:
             self.largest_table = max(self.largest_table, message.size)
             self.messages[key] = self._pool.intern(message - least), least
         return self.messages[key]
+
+    def _count(self, key: Key) -> None:
+        """Entries that are added up for a message. Raises WideError when they are too many in all."""
+        sizes = {p: n for table, positions in key for p, n in zip(positions, self._pool[table].shape, strict=True)}
+        self._work += math.prod(sizes.values())
+        if self._work > self._most_work:
+            raise WideError
 
     def choices(self) -> list[int]:
         """Argmin of every bucket, last eliminated first; the lowest index of equal ones.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from autoshard.solver_descent import Solution, descend, minimise
+from autoshard.solver_descent import Solution, descend, lift, minimise
 from autoshard.solver_tables import InfeasibleError, Model, prune, reaches
 
 _MULTIPLIERS = 40
@@ -120,8 +120,7 @@ def _pruned_minimum(model: Model, limit: float) -> Solution:
     Its costs alone decide, so what it says of memory is not used.
     """
     small = prune(replace(model, domains=[np.arange(domain.size) for domain in model.domains], memory={}))
-    run = minimise(small, limit)
-    return replace(run, choices=tuple(int(domain[i]) for domain, i in zip(small.domains, run.choices, strict=True)))
+    return lift(minimise(small, limit), small.domains)
 
 
 def _leanest(model: Model, budget: float, limit: float) -> Solution:

@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoshard.elimination import BLOCK_ENTRIES, Elimination
-from autoshard.solver_tables import InfeasibleError, Model, Pool, reaches
+from autoshard.elimination import BLOCK_ENTRIES, Elimination, WideError
+from autoshard.message_passing import pass_messages
+from autoshard.solver_tables import InfeasibleError, Model, Pool, prune, reaches, restrict
+
+_LITTLE_WORK = 2**28  # entries that elimination may add up, a few tenths of a second
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,40 @@ class Solution:
 
 
 def minimise(model: Model, limit: float) -> Solution:
-    """Least total of `model`, in its own indices; when a message is over the limit, an assignment and a bound."""
+    """Least total of `model`, in its own indices; when a message is over the limit, an assignment and a bound.
+
+    Elimination, where that is little work. Else messages are passed: that nearly always ends with the optimum and its
+    proof; where it does not, what it could not drop is eliminated.
+    """
     model = replace(model, pool=Pool(model.pool))
-    run = Elimination(model.pool, len(model.domains), list(model.costs.items()), limit, model.blocks)
+    try:
+        return _eliminate(model, limit, _LITTLE_WORK)
+    except WideError:
+        pass
+    small = prune(replace(model, domains=[np.arange(domain.size) for domain in model.domains]))
+    return lift(_pass_messages(small, limit), small.domains)
+
+
+def lift(solution: Solution, domains: Sequence[np.ndarray]) -> Solution:
+    """A solution in the choices that `domains` are indices of."""
+    return replace(solution, choices=tuple(int(domain[i]) for domain, i in zip(domains, solution.choices, strict=True)))
+
+
+def _pass_messages(model: Model, limit: float) -> Solution:
+    passed = pass_messages(model)
+    largest = max(model.pool[table].size for table in model.costs.values())
+    bound = passed.value if reaches(passed.bound, passed.value) else passed.bound
+    known = Solution(passed.choices, passed.value, bound, model.bytes_of(passed.choices), largest, 0)
+    if known.is_exact:
+        return known
+    rest = lift(_eliminate(restrict(model, passed.kept), limit, math.inf), passed.kept)
+    best = min(rest, known, key=lambda solution: solution.objective_s)
+    bound = max(bound, min(rest.bound_s, best.objective_s))  # what was dropped is not better
+    return replace(best, bound_s=best.objective_s if reaches(bound, best.objective_s) else bound)
+
+
+def _eliminate(model: Model, limit: float, most_work: float) -> Solution:
+    run = Elimination(model.pool, len(model.domains), list(model.costs.items()), limit, model.blocks, most_work=most_work)
     choices = _improve(model, run.choices()) if run.is_split else run.choices()
     value = model.total(choices)
     bound = run.bound if run.is_split and not reaches(run.bound, value) else value

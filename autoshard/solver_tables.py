@@ -228,6 +228,15 @@ def _undominated(rows: np.ndarray) -> np.ndarray:
     return np.flatnonzero(is_kept)
 
 
+def restrict(model: Model, kept: Sequence[np.ndarray]) -> Model:
+    """`model` with only the choices `kept[v]` of every variable."""
+    model = replace(model, domains=list(model.domains), costs=dict(model.costs), memory=dict(model.memory))
+    for v, choices in enumerate(kept):
+        if len(choices) < model.domains[v].size:
+            _restrict(model, v, model.pool.intern(choices))
+    return model
+
+
 def _restrict(model: Model, v: int, kept_id: int) -> None:
     def take(table: int, dim: int) -> int:
         return model.pool.derive(("take", dim), lambda t, kept: t.take(kept, axis=dim), table, kept_id)

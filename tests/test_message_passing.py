@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoshard import solver_descent
 from autoshard.message_passing import pass_messages
 from autoshard.solver_tables import InfeasibleError, Model, Problem, load, prune
 
@@ -65,3 +67,19 @@ def test_a_frustrated_cycle_leaves_a_gap_and_every_choice() -> None:
     passed = pass_messages(model)
     assert (passed.value, passed.bound) == (1.0, 0.0)
     assert all(len(kept) == 2 for kept in passed.kept)
+
+
+@given(models(), st.sampled_from([2.0, math.inf]))
+@settings(deadline=None)
+def test_where_elimination_is_too_much_work_the_optimum_is_the_same(model: Model, limit: float) -> None:
+    """limit: 2.0 makes mini-buckets of what messages leave open: then the bound says less, but never too much."""
+    least = min(every_total(model).values())
+    with mock.patch.object(solver_descent, "_LITTLE_WORK", -1):
+        try:
+            found = solver_descent.minimise(model, limit)
+        except InfeasibleError:
+            assert math.isinf(least) or math.isfinite(limit)
+            return
+    assert found.objective_s == model.total(found.choices)
+    assert found.bound_s <= least + 1e-9
+    assert found.objective_s == least or (math.isfinite(limit) and found.objective_s > least)
