@@ -194,7 +194,7 @@ class _Group(CostModel):
 class _FreeInputs(SearchSpace):
     """Readers of inputs are not charged: the program shares their conversions, so their sum is no lower bound."""
 
-    def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+    def from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         return np.zeros(len(self.domains[user]))
 
 

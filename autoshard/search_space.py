@@ -267,7 +267,7 @@ class SearchSpace:
         for k, operand in enumerate(tensor_operands(what) if facts(what).role == "op" else []):
             value = producer(operand)
             if value in self.fixed:
-                own = own + self._from_fixed(value, what, k)
+                own = own + self.from_fixed(value, what, k)
         for k in range(len(facts(what).values)):
             if (what, k) in self.uses and (what, k) not in self.supplies:
                 own = own + self._leaving((what, k), [(c.outputs[k], None) for c in self.domains[what]])
@@ -292,7 +292,8 @@ class SearchSpace:
     def _leaves_as(self, have: Layout, info: TensorInfo) -> Layout:
         return leaving_layout(have, info, self.wants_whole_outputs, self.program.mesh.shape)
 
-    def _from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+    def from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
+        """Seconds of converting a decided value into what each choice of a reader wants."""
         info, have = facts(value[0]).values[value[1]], self.fixed[value]
         return self.seconds([have], [c.inputs[k] for c in self.domains[user]], info)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,8 @@ class AnnotateShardings:
             repeated = [node for layer in fitted.repeated for node in layer.nodes]
         program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(choice), "largest_table": solution.largest_table}
         decided_s = _decided_s(program, space, choice) if self.seed is None else 0.0
-        program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": solution.bound_s + decided_s}
+        bound_s = solution.bound_s + decided_s - _shareable_s(space)
+        program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": min(bound_s, solution.objective_s + decided_s)}
         program.stats |= {"kept_bytes": kept_bytes, "gap": program.stats["objective_s"] / max(program.stats["bound_s"], 1e-30) - 1}
         taken = {**space.chosen, **{node: options[choice[node]] for node, options in space.domains.items()}}
         again_s = sum(float(space.table.forward_s(node, [taken[node]])[0]) for node in repeated)
@@ -183,6 +185,17 @@ def _decided_s(program: Program, space: SearchSpace, choice: Mapping[What, int])
             given = known.layouts[0] if known.layouts else native_layout(program.mesh.ndim, known.needs_grad)
             wanted[(node, 0), given] = route_s((node, 0), given, known.hub)
     return total + sum(wanted.values())
+
+
+def _shareable_s(space: SearchSpace) -> float:
+    """The most that any plan may save where several searched ops read one decided value converted alike: the bound allows for it."""
+    total = 0.0
+    for value, users in space.uses.items():
+        searched = [(user, k) for user, k in users if user in space.domains]
+        if value in space.fixed and len(searched) > 1 and not facts(value[0]).is_constant:
+            most = [max((float(s) for s in space.from_fixed(value, user, k) if math.isfinite(s)), default=0.0) for user, k in searched]
+            total += sum(most) - min(most)
+    return total
 
 
 def _write(program: Program, space: SearchSpace, choice: Mapping[What, int]) -> None:

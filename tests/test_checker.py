@@ -254,7 +254,7 @@ def test_outputs_must_be_whole_or_split() -> None:
 
 
 def test_the_text_names_the_node_the_axis_the_layouts_and_the_line() -> None:
-    program = finished("gpt", "tp=2", {"template": "megatron"})
+    program = finished("gpt", "tp=2", {"template": "megatron", "hardware": "h100"})
     node = next(n for n in program.nodes("conversion") if n.target is runtime.all_reduce_invariant and "down" in n.name)
     node.replace_all_uses_with(node.args[0])
     program.graph.erase_node(node)
