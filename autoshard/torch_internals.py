@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# TransformGetItemToIndex: lets `table[head]` be indexed by a tensor under vmap. If it moves: score functions of flex_attention
-# that read tables cannot be traced.
+# TransformGetItemToIndex: indexing by a tensor under vmap. If it moves: score functions of flex_attention that read tables.
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 # non_strict_utils: where export makes the environment of its symbolic sizes, see record_size_guards.
@@ -30,8 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-# _StridedShard: the only DTensor placement that says "the shard's part of every segment". If it moves: segmented parameters
-# cannot be stored; pin them to a plain split.
+# _StridedShard: DTensor's placement for "the shard's part of every segment". If it moves: segmented parameters cannot be stored.
 from torch.distributed.tensor.placement_types import _StridedShard
 
 # annotate, preserve_node_meta: marks on the nodes that a trace makes. If they move: activation checkpointing is lost in tracing.
@@ -153,7 +151,7 @@ def users_line() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
 
 
-_REGION = "autoshard_region"
+_REGION, _BRANCH, _RESULT = "autoshard_region", "autoshard_branch", "autoshard_result"
 # The generators that torch.utils.checkpoint runs around the function, by torch version: the second one since 2.14.
 _GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
@@ -230,9 +228,6 @@ def keep_nested_no_grad() -> Iterator[None]:
         yield
     finally:
         set_grad_pass._is_set_grad_enabled_sub_mod = original
-
-
-_BRANCH, _RESULT = "autoshard_branch", "autoshard_result"
 
 
 @contextlib.contextmanager
