@@ -19,7 +19,15 @@ from autoshard.conversions import STARTS
 from autoshard.program import facts
 
 PLANS: list[dict[str, Any]] = [{"template": "ddp"}, {"template": "fsdp"}, {"template": "megatron"}, {"template": "megatron_sp"}]
-AUTO = autoshard.Hardware("slow", 1e6, 1e9, 1e9, 8, 1e9, 1e9, 1e-6, 1e-6)  # so slow that splitting pays
+AUTO = autoshard.Hardware.uniform(  # so slow that splitting pays
+    "slow",
+    flops_per_s=6e5,
+    memory_bytes_per_s=1e9,
+    memory_bytes=1e9,
+    link_bytes_per_s=1e9,
+    collective_latency_s=1e-6,
+    kernel_latency_s=1e-6,
+)
 DIMS: dict[str, tuple] = {
     "all_gather": (0,),
     "all_gather_invariant": (1,),

@@ -30,7 +30,7 @@ TEMPLATES = ["ddp", "fsdp", "megatron", "megatron_sp"]
 
 
 def planned(model: nn.Module, args: tuple, kwargs: dict | None = None, *, mesh: str = "dp=2,tp=2", **asked: Any) -> Program:
-    return autoshard.plan(model, mesh, args, kwargs, hardware="cpu", **asked).program
+    return autoshard.plan(model, mesh, args, kwargs, hardware="h100", **asked).program
 
 
 def example(name: str, seed: int | None = None) -> Program:
