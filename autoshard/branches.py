@@ -156,7 +156,7 @@ def _value_from(side: bool, result: fx.Node) -> fx.Node:
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a node's value is, but for its layout."""
-    while facts(node).role in ("conversion", "mask"):
+    while facts(node).role in ("start", "conversion", "mask"):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -170,7 +170,7 @@ def _reached(result: fx.Node, number: int) -> set[fx.Node]:
         if node in found or not facts(node).needs_grad:
             continue
         found.add(node)
-        if is_inside(facts(node).branch, number) or facts(node).role in ("conversion", "mask"):
+        if is_inside(facts(node).branch, number) or facts(node).role in ("start", "conversion", "mask"):
             pending += node.all_input_nodes
     return found
 

@@ -27,7 +27,7 @@ from autoshard.passes.overlap_collectives import joined
 from autoshard.placements import Layout, padded_axes
 from autoshard.program import Program, call_of, facts, op_name, row_of, tensor_operands
 from autoshard.text import fold_name, human_bytes, human_seconds
-from autoshard.traffic import meter, sent_by
+from autoshard.traffic import is_sent_again, meter, sent_by
 
 if TYPE_CHECKING:
     import sympy
@@ -111,13 +111,18 @@ class Pricer:
         value, layout = facts(node).value, facts(node).layout
         forward_s = self.costs.copy_s(replace(value, needs_grad=False), layout)
         backward_s = self.costs.copy_s(value, layout) - forward_s
-        moved = 2 * self.costs.local_bytes(value, layout) * (2 if value.needs_grad else 1)
-        return [CostRow("", "padding", "", "memory", "", forward_s, backward_s, bytes_moved=moved)]
+        again = self._is_again(node)
+        moved = 2 * self.costs.local_bytes(value, layout) * (1 + value.needs_grad + again)
+        return [CostRow("", "padding", "", "memory", "", forward_s, backward_s + again * forward_s, bytes_moved=moved)]
+
+    def _is_again(self, node: fx.Node) -> bool:
+        """Whether what a node does in forward is done once more in backward."""
+        return self.program.is_training and is_sent_again(node)
 
     def _conversion(self, node: fx.Node) -> list[CostRow]:
         row, sent = row_of(node), sent_by(self.program, node, self.costs)
         ways = [(one, k == 0) for k, one in enumerate(sent)]
-        if row.is_repeated and self.program.is_training:
+        if self._is_again(node):
             ways.append((sent[0], False))
         rows = [self._sent(row.name, axis, name, whole, is_forward) for (axis, name, whole), is_forward in ways]
         return [found for found in rows if found.kind != "identity"]
@@ -137,7 +142,7 @@ class Pricer:
         lowered: dict[str, Any] = {key: value for key, value in node.kwargs.items() if key.endswith("_axes")}
         arguments = str(sorted(call.arguments.items(), key=lambda item: item[0]))
         shapes = str([info.shape for info in (*call.inputs, *call.outputs)])  # a size that may change reads as its expression
-        key = (call.op, call.inputs, call.outputs, arguments, shapes, facts(node).strategies, str(lowered))
+        key = (call.op, call.inputs, call.outputs, arguments, shapes, facts(node).strategies, str(lowered), self._is_again(node))
         if key not in self._known:
             self._known[key] = [self._kernels(node, call), *self._inside(node, call, lowered)]
         return self._known[key]
@@ -150,7 +155,8 @@ class Pricer:
         if not forward_s:
             return CostRow("", op_name(node), "", "view")
         flops, held = flops_of(rule, equation, call) / split, list(map(self.costs.local_bytes, values, layouts))
-        moved, passes, sums = sum(held), 1.0, 0.0
+        again = self._is_again(node)
+        moved, passes, sums = sum(held), 1.0 + again, 0.0
         if rule is not None and rule.backward is not None:
             passes += rule.backward if backward_s else 0.0
         elif flops and equation is not None:
@@ -158,13 +164,14 @@ class Pricer:
                 passes += value.needs_grad and not operand.is_additive
                 sums += size + sum(held[len(call.inputs) :]) if value.needs_grad and operand.is_additive else 0.0
         elif backward_s:
-            passes = 2.0
+            passes += 1.0
         bounds = {
             "compute": flops / device.reached_flops_per_s(values[0].dtype) if values else 0.0,
             "memory": moved / device.memory_bytes_per_s,
             "latency": device.kernel_latency_s,
         }
         kind = max(bounds, key=lambda name: bounds[name])
+        backward_s += again * forward_s
         return CostRow("", op_name(node), "", kind, "", forward_s, backward_s, 0.0, flops * passes, moved * passes + sums)
 
     def _work(self, node: fx.Node, call: Call) -> Work:
@@ -181,7 +188,8 @@ class Pricer:
         function, mesh = node.target.__name__, self.program.mesh  # type: ignore[union-attr]
         both = Counter(meter(function, call, layouts, axes, mesh))
         forward = Counter(meter(function, _without_gradients(call), layouts, axes, mesh)) & both
-        for sent, is_forward in ((forward, True), (both - forward, False)):
+        again = forward if self._is_again(node) else Counter()
+        for sent, is_forward in ((forward, True), (both - forward + again, False)):
             for (axis, collective, whole), times in sent.items():
                 if collective != "identity":
                     yield self._sent(op_name(node), axis, collective, whole, is_forward, times)
@@ -326,7 +334,7 @@ def price(plan: Plan, program: Program | None = None) -> CostReport:
 
 def source_of_value(node: fx.Node) -> fx.Node:
     """The node whose value `node` is: conversions and masks are looked through."""
-    while facts(node).role in ("conversion", "mask"):
+    while facts(node).role in ("start", "conversion", "mask"):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -334,7 +342,7 @@ def source_of_value(node: fx.Node) -> fx.Node:
 def readers_of(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes that read a value, as it is or converted."""
     for user in node.users:
-        if facts(user).role in ("conversion", "mask", "projection"):
+        if facts(user).role in ("start", "conversion", "mask", "projection"):
             yield from readers_of(user)
         else:
             yield user

@@ -266,7 +266,10 @@ class _Search:
 
     def bound_s(self, mesh: MeshSpec, apart: tuple[int, ...] = ()) -> float:
         """No plan on `mesh` is predicted below this. apart: the axis that stands apart from the others; without it every axis does."""
-        whole = CostModel(mesh, self.request.settings.hardware)
+        hardware = self.request.settings.hardware
+        if hardware.measured is not None and hardware.measured.ops:
+            return 0.0  # measured seconds of some shapes say nothing of the seconds of their pieces
+        whole = CostModel(mesh, hardware)
         if not apart:
             groups: list[tuple[int, ...]] = [(axis,) for axis in range(mesh.ndim)]
         else:

@@ -105,7 +105,7 @@ def repeats_gathers(program: Program) -> bool:
 
 def comes_from_parameter(node: fx.Node) -> bool:
     """Whether a value is a parameter but for its place, dtype and shape."""
-    while facts(node).role in ("conversion", "projection") or op_name(node) in _RESHAPES:
+    while facts(node).role in ("start", "conversion", "projection") or op_name(node) in _RESHAPES:
         if len(node.all_input_nodes) != 1:
             return False
         node = node.all_input_nodes[0]

@@ -193,7 +193,7 @@ class _Step:
         """The step; its events up to the moment when it has ended and nothing is released yet."""
         rank = self._rank()
         optimizer = make(self.parameters) if make is not None and self.parameters else None
-        if optimizer is None:
+        if make is None or not any(x.requires_grad for x in (*self.parameters, *self.inputs)):
             self.position.phase = "forward"
             with torch.no_grad():
                 results = rank.forward(*self.inputs)
@@ -207,6 +207,8 @@ class _Step:
         for name, tensor in (*self.held.items(), *(("", x) for x in self.inputs)):
             if tensor.grad is not None:
                 self.recorder.hold([tensor.grad], "gradients", name.rpartition(".")[0])
+        if optimizer is None:
+            return list(self.recorder.events)
         self.position.phase = "optimizer"
         self.recorder.take(0)  # an optimizer without temporaries has its place on the curve too
         optimizer.step()

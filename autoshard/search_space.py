@@ -285,17 +285,24 @@ class SearchSpace:
             if user in self.domains:
                 continue
             for row, (have, other) in enumerate(ways):
-                wanted = self.chosen[user].inputs[k] if user in self.chosen else self._leaves_as(have, info)
+                wanted = self.chosen[user].inputs[k] if user in self.chosen else self.leaves_as(have, info)
                 total[row] += min(self._route_s(layout, wanted, info) for layout in dict.fromkeys((have, other or have)))
         return total
 
-    def _leaves_as(self, have: Layout, info: TensorInfo) -> Layout:
+    def leaves_as(self, have: Layout, info: TensorInfo) -> Layout:
         return leaving_layout(have, info, self.wants_whole_outputs, self.program.mesh.shape)
 
     def from_fixed(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Seconds of converting a decided value into what each choice of a reader wants."""
         info, have = facts(value[0]).values[value[1]], self.fixed[value]
-        return self.seconds([have], [c.inputs[k] for c in self.domains[user]], info)[0]
+        want, made = [c.inputs[k] for c in self.domains[user]], self.made_anyway(value)
+        return np.where([x in made for x in want], 0.0, self.seconds([have], want, info)[0])
+
+    def made_anyway(self, value: Value) -> set[Layout]:
+        """Layouts of a decided value that decided ops or the output read: their conversion is there whatever the search chooses."""
+        users, info = self.uses.get(value, []), facts(value[0]).values[value[1]]
+        read = {self.chosen[u].inputs[k] for u, k in users if u in self.chosen and not facts(u).is_constant}
+        return read | {self.leaves_as(self.fixed[value], info) for u, _ in users if facts(u).role == "output"}
 
     def made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
         """Between the maker and the supply: the conversion to the hub."""

@@ -67,7 +67,12 @@ def _pass_messages(model: Model, limit: float) -> Solution:
     known = Solution(passed.choices, passed.value, bound, model.bytes_of(passed.choices), largest, 0)
     if known.is_exact:
         return known
-    rest = lift(_eliminate(restrict(model, passed.kept), limit, math.inf), passed.kept)
+    try:
+        rest = lift(_eliminate(restrict(model, passed.kept), limit, math.inf), passed.kept)
+    except InfeasibleError:  # found nothing under the table limit
+        if math.isinf(known.objective_s):
+            raise
+        return known
     best = min(rest, known, key=lambda solution: solution.objective_s)
     bound = max(bound, min(rest.bound_s, best.objective_s))  # what was dropped is not better
     return replace(best, bound_s=best.objective_s if reaches(bound, best.objective_s) else bound)

@@ -14,7 +14,6 @@ import numpy as np
 from autoshard.errors import AutoshardError
 
 _PROBE_COLUMNS = 16  # of the dominance test: enough to refute nearly every pair without reading whole rows
-_PRUNE_ROUNDS = 8
 _TOLERANCE = 1e-12  # relative: what rounding may add to a sum of a few thousand costs
 
 Make = Callable[..., np.ndarray]
@@ -183,7 +182,7 @@ def prune(model: Model) -> Model:
     """`model` without choices that are forbidden, or nowhere better than another choice of their variable."""
     model = replace(model, domains=list(model.domains), costs=dict(model.costs), memory=dict(model.memory))
     changed = set(range(len(model.domains)))
-    for _ in range(_PRUNE_ROUNDS):
+    while changed:  # choices only get fewer
         todo, changed = sorted(changed), set()
         for v in todo:
             # A table that several neighbours share is compared once: equal columns cannot tell two choices apart.

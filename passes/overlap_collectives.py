@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from autoshard import runtime
+from autoshard.branches import cond_of
 from autoshard.conversions import COMMUNICATES
 from autoshard.costs import CostModel
 from autoshard.hardware import Hardware
@@ -65,15 +66,16 @@ class _Places:
 
     @classmethod
     def of(cls, program: Program, costs: CostModel) -> _Places:
-        places, region = cls(), None
+        places, region, cond = cls(), None, None
         for node in program.nodes():
             known = facts(node)
             if node.op == "placeholder" or known.is_constant or _is_movable(program, node):
                 continue
-            if known.recompute is None or known.recompute != region:
+            goes_on = (known.recompute is not None and known.recompute == region) or (cond is not None and cond == cond_of(node, 0))
+            if not goes_on:
                 places.first.append(node)
                 places.before_s.append(places.before_s[-1])
-            region = known.recompute
+            region, cond = known.recompute, cond_of(node, 0)
             places.number[node] = len(places.first) - 1
             places.before_s[-1] += work_of(program, node, costs).forward_s if known.role == "op" else 0.0
         return places

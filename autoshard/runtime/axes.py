@@ -133,7 +133,7 @@ class _Wait(torch.autograd.Function):
         if _is_backward_split():
             pending = launch(ctx.backward_collective, pad_cut(ctx.backward_collective, grad, ctx.axis.size), ctx.axis)
             pending = pending if pending.shape == ctx.shape else pending.view(ctx.shape)
-            if not torch.compiler.is_compiling():
+            if pending is not grad and not torch.compiler.is_compiling():
                 pending.sent = grad  # type: ignore[attr-defined]  # else autograd may add to it in place, for another branch, while it is read
             return pending, None, None, None, None
         return ctx.axis.convert(grad, ctx.backward_collective, ctx.forward_collective), None, None, None, None

@@ -40,6 +40,13 @@ class _Kept(NamedTuple):
     dtype: torch.dtype
 
 
+class _Outer(NamedTuple):
+    """A saved tensor as hooks around the program keep it."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
 def gathers_again(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, with weights that all_gather_again makes inside it kept as shards for backward."""
 
@@ -55,23 +62,27 @@ def gathers_again(function: Callable[..., Any]) -> Callable[..., Any]:
 def shards_kept() -> Iterator[None]:
     """Tensors that autograd saves inside and that lie in a gathered weight are kept as its shard."""
     known: dict[int, tuple[StorageWeakRef, Make]] = {}
+    # torch asks the innermost hooks alone: those of torch.utils.checkpoint or save_on_cpu around the program are called from here.
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     _gathered.append(known)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, known), _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, known, outer), _unpack):
             yield
     finally:
         _gathered.pop()
 
 
-def _pack(known: dict[int, tuple[StorageWeakRef, Make]], x: Tensor) -> Any:
+def _pack(known: dict[int, tuple[StorageWeakRef, Make]], outer: tuple[Callable, Callable] | None, x: Tensor) -> Any:
     # The address of a storage is not given away while a weak reference to it is held, so it cannot be mistaken for another.
     found = known.get(x.untyped_storage()._cdata) if known and x.layout is torch.strided and not (x.is_conj() or x.is_neg()) else None
     if found is None:
-        return x
+        return x if outer is None else _Outer(outer[0](x), outer[1])
     return _Kept(found[1], tuple(x.shape), x.stride(), int(x.storage_offset()), x.dtype)
 
 
 def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, _Outer):
+        return kept.unpack(kept.packed)
     if not isinstance(kept, _Kept):
         return kept
     with torch.no_grad():
