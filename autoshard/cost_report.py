@@ -115,9 +115,9 @@ class Pricer:
         moved = 2 * self.costs.local_bytes(value, layout) * (1 + value.needs_grad + again)
         return [CostRow("", "padding", "", "memory", "", forward_s, backward_s + again * forward_s, bytes_moved=moved)]
 
-    def _is_again(self, node: fx.Node) -> bool:
-        """Whether what a node does in forward is done once more in backward."""
-        return self.program.is_training and is_sent_again(node)
+    def _is_again(self, node: fx.Node) -> int:
+        """How often what a node does in forward is done once more in backward: 0 or 1."""
+        return int(self.program.is_training and is_sent_again(node))
 
     def _conversion(self, node: fx.Node) -> list[CostRow]:
         row, sent = row_of(node), sent_by(self.program, node, self.costs)

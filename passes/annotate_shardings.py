@@ -27,7 +27,7 @@ from autoshard.solver import InfeasibleError, Problem, Solution, solve
 from autoshard.text import human_bytes
 
 _ENTRIES_OF_A_RANDOM_PLAN = 2**18
-_LITTLE = 1e-3  # share of a step that decided ops may take before the plans of templates, which decide otherwise, are compared
+_LITTLE = 1e-3  # share of a step that the search may not see before the templates' plans, which may win there, are compared
 _WITHIN = "the predicted step is within"
 
 
@@ -61,7 +61,7 @@ class AnnotateShardings:
         except BudgetError as error:  # of plans that take inputs as they are given
             return self._best_of_templates(before, None, error)
         is_proven = (
-            found.stats["objective_s"] == found.stats["bound_s"] and found.stats["decided_s"] <= _LITTLE * found.stats["objective_s"]
+            found.stats["objective_s"] == found.stats["bound_s"] and found.stats["unsearched_s"] <= _LITTLE * found.stats["objective_s"]
         )
         return found if is_proven else self._best_of_templates(before, found)
 
@@ -107,10 +107,10 @@ class AnnotateShardings:
             repeated = [node for layer in fitted.repeated for node in layer.nodes]
         program.stats |= {"solve_s": time.perf_counter() - started, "variables": len(choice), "largest_table": solution.largest_table}
         decided_s = _decided_s(program, space, choice) if self.seed is None else 0.0
-        bound_s = solution.bound_s + decided_s - _shareable_s(space)
-        program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": min(bound_s, solution.objective_s + decided_s)}
+        program.stats |= {"objective_s": solution.objective_s + decided_s, "bound_s": solution.bound_s + decided_s}
         program.stats |= {"kept_bytes": kept_bytes, "gap": _gap(program.stats["objective_s"], program.stats["bound_s"])}
-        program.stats["decided_s"] = sum(c.cost_s for node, c in space.chosen.items() if not facts(node).is_constant)
+        unsearched_s = sum(c.cost_s for node, c in space.chosen.items() if not facts(node).is_constant)
+        program.stats["unsearched_s"] = unsearched_s + (_shareable_s(space) if self.seed is None else 0.0)
         taken = {**space.chosen, **{node: options[choice[node]] for node, options in space.domains.items()}}
         again_s = sum(float(space.table.forward_s(node, [taken[node]])[0]) for node in repeated)
         program.stats["ops_s"] = sum(c.cost_s for node, c in taken.items() if not facts(node).is_constant) + again_s
@@ -211,7 +211,7 @@ def _decided_s(program: Program, space: SearchSpace, choice: Mapping[What, int])
 
 
 def _shareable_s(space: SearchSpace) -> float:
-    """The most that any plan may save where several searched ops read one decided value converted alike: the bound allows for it."""
+    """The most that any plan may save, beyond the search's prices, where several searched ops read one decided value converted alike."""
     total = 0.0
     for value, users in space.uses.items():
         searched = [(user, k) for user, k in users if user in space.domains]
