@@ -48,6 +48,8 @@ def run_on_ranks(size: int, function: Callable, *args: Any) -> list[Any]:
         for worker in workers:
             worker.kill()
         assert not alive, f"ranks {alive} did not finish"
+        lost = {rank: worker.exitcode for rank, worker in enumerate(workers) if not os.path.exists(f"{folder}/{rank}.pt")}
+        assert not lost, f"ranks ended without a result; their exit codes: {lost}"
         results = [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
     for rank, (status, value) in enumerate(results):
         assert status == "ok", f"rank {rank} failed:\n{value}"

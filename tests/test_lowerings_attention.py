@@ -281,6 +281,6 @@ def test_encoder_in_evaluation_has_no_fused_op(is_norm_first: bool, needs_grad: 
     padding = torch.arange(8) >= torch.tensor([[6], [8], [3], [8]])
     inputs, kwargs = (x(4, 8, 16),), {"src_key_padding_mask": padding}
     plan = autoshard.plan(model, "tp=2", inputs, kwargs, hardware=SLOW)
-    assert plan.program.notes == []
+    assert all("template" in note for note in plan.program.notes), "no op is computed whole for want of a rule"
     assert "aten.scaled_dot_product_attention.default" in map(op_name, plan.program.nodes("op"))
     assert autoshard.verify(model, plan, inputs, kwargs).is_equal
