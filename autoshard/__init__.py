@@ -7,6 +7,7 @@ from autoshard.hardware import Device, Hardware, Link
 from autoshard.mesh import MeshSpec
 from autoshard.mesh_search import search
 from autoshard.op_coverage import coverage
+from autoshard.pipeline import Pipelining
 from autoshard.plan import Plan
 from autoshard.profile_file import Profile
 from autoshard.profile_measuring import profile
@@ -21,6 +22,7 @@ __all__ = [
     "Link",
     "MeshSpec",
     "Options",
+    "Pipelining",
     "Plan",
     "Profile",
     "checkpointable",

@@ -17,6 +17,7 @@ from autoshard.errors import InputError
 from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.module import ShardedModule
+from autoshard.pipeline import Pipelining
 from autoshard.plan import Plan
 from autoshard.planner import Inputs, Outputs, Randomness, Request, Settings, entry_layout, make_plan
 from autoshard.reuse import reuse_of
@@ -60,6 +61,7 @@ def _settings(
     inputs: Inputs,
     outputs: Outputs,
     dynamic: Dynamic,
+    pipeline: Pipelining | None,
 ) -> Settings:
     choices = {"template": (template, get_args(Template)), "inputs": (inputs, get_args(Inputs)), "outputs": (outputs, get_args(Outputs))}
     for name, (given, known) in choices.items():
@@ -80,6 +82,7 @@ def _settings(
         extra.randomness,
         dynamic,
         extra.overlap,
+        pipeline or Pipelining(),
     )
 
 
@@ -97,6 +100,7 @@ def compile(
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
     dynamic: Dynamic = None,
+    pipeline: Pipelining | None = None,
 ) -> ShardedModule:
     """Partition `model` over the processes of `mesh`.
 
@@ -112,12 +116,14 @@ def compile(
     dynamic: dims of arguments whose sizes may change from call to call under one plan: `"batch"` for dim 0 of every tensor,
     `{"ids": {0: "batch", 1: "seq"}, "labels": "batch"}` by argument, a torch.export.Dim in place of a name for a range; the
     same name is the same size. Other shapes are traced and planned anew.
+    pipeline: where the mesh has an axis `pp`, how the batch is cut into microbatches and the model into stages; see
+    autoshard.Pipelining. What is left open is chosen.
     Returns a module with the model's parameter names, whose parameters are DTensors.
     Raises an AutoshardError that says what to change.
     """
     check_call(model, example_inputs)
     settings = _settings(
-        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic
+        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic, pipeline
     )
     if not isinstance(mesh, DeviceMesh):
         raise InputError(
@@ -143,6 +149,7 @@ def plan(
     inputs: Inputs = "global",
     outputs: Outputs = "whole",
     dynamic: Dynamic = None,
+    pipeline: Pipelining | None = None,
     reuse: Plan | str | Path | None = None,
 ) -> Plan:
     """Plan `model(*args, **kwargs)` on a mesh without any process, GPU or weight; keywords as in compile.
@@ -154,13 +161,13 @@ def plan(
     check_call(model, args)
     spec = MeshSpec.of(mesh)
     device_type = mesh.device_type if isinstance(mesh, DeviceMesh) else "cpu"
-    settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic)
+    settings = _settings(device_type, template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic, pipeline)
     marks = marks_of(model, dynamic, args, kwargs or {})
     if without_short(marks, pytree.tree_leaves((tuple(args), dict(kwargs or {})))) != marks:
         raise InputError("a dynamic size is 0 or 1 in the example, where torch computes differently; use an example of 2 or more")
     tensors = [leaf for leaf in pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if isinstance(leaf, torch.Tensor)]
-    layouts = tuple(entry_layout(tensor, spec, inputs) for tensor in tensors)
-    kept = reuse_of(reuse, model, spec, settings.constraints) if reuse is not None else None
+    layouts = tuple(entry_layout(tensor, spec.of_stage, inputs) for tensor in tensors)
+    kept = reuse_of(reuse, model, spec.of_stage, settings.constraints) if reuse is not None else None
     fixed = kept.layouts if kept else {}
     planned = make_plan(Request(model, tuple(args), dict(kwargs or {}), spec, settings, device_type, layouts, fixed, marks))
     for note in kept.notes(planned.program) if kept else ():

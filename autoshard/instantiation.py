@@ -37,8 +37,7 @@ def instantiate(program: Program, sizes: Mapping[str, int]) -> Program:
 def sizes_of(program: Program, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The sizes that arguments of global `shapes` (by input name) have. Raises InputError where they do not fit the program."""
     found: dict[str, tuple[int, str]] = {}
-    for node in program.nodes("input"):
-        known = facts(node)
+    for known in program.given().values():
         given = tuple(shapes[known.name])
         fixed = [isinstance(size, Size) or size == has for size, has in zip(known.value.shape, given, strict=False)]
         if len(given) != len(known.value.shape) or not all(fixed):

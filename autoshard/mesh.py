@@ -40,14 +40,22 @@ class MeshSpec:
                 raise MeshError(f"mesh axis {name!r} is a word that emitted programs use otherwise; choose another, e.g. 'dp'")
             if size < 1:
                 raise MeshError(f"mesh axis {name!r} has size {size}; sizes start at 1")
-        if PIPELINE_AXIS in self.axes:
-            raise MeshError(
-                "the axis 'pp' is reserved for pipeline stages, which are not supported yet; give its ranks to another axis, e.g. 'dp'"
-            )
 
     @property
     def ndim(self) -> int:
         return len(self.axes)
+
+    @property
+    def of_stage(self) -> MeshSpec:
+        """The mesh of one pipeline stage: all axes but `pp`, or an axis `one` of a single rank where no other is."""
+        kept = [(name, size) for name, size in zip(self.axes, self.shape, strict=True) if name != PIPELINE_AXIS]
+        axes, shape = zip(*(kept or [("one", 1)]), strict=True)
+        return self if PIPELINE_AXIS not in self.axes else MeshSpec(axes, shape)
+
+    @property
+    def stages(self) -> int:
+        """Ranks of axis `pp`: 1 where the mesh has none."""
+        return self.shape[self.index(PIPELINE_AXIS)] if PIPELINE_AXIS in self.axes else 1
 
     @property
     def size(self) -> int:

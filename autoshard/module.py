@@ -351,7 +351,7 @@ class ShardedModule(nn.Module):
         if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
             return False
         given = [(described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        inputs = {facts(node).name: facts(node) for node in program.nodes("input")}
+        inputs = program.given()
         wanted = [(inputs[name].value, inputs[name].layout) for name in program.flat_inputs if name is not None]
         return len(given) == len(wanted) and all(
             layout == other and may_be(value, info) for (info, layout), (value, other) in zip(given, wanted, strict=True)

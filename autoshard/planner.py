@@ -16,6 +16,7 @@ from autoshard.dynamic_dims import Dynamic, LeafMarks, Marks
 from autoshard.errors import InputError
 from autoshard.hardware import Hardware
 from autoshard.mesh import MeshSpec
+from autoshard.pipeline import Pipelining
 from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
 from autoshard.program import Program
@@ -43,6 +44,7 @@ class Settings:
     randomness: Randomness = "per_rank"
     dynamic: Dynamic | LeafMarks = None
     overlap: bool = False
+    pipeline: Pipelining = field(default_factory=Pipelining)
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
     """autoshard.passes.PASSES, each with its part of the request."""
     from autoshard.passes import (
         AnnotateShardings,
+        CutStages,
         DrawWhole,
         EmitPrograms,
         FoldConstants,
@@ -104,6 +107,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
         LocalizeShapes,
         NormalizeGraph,
         OverlapCollectives,
+        SplitMicrobatches,
         TraceModel,
     )
 
@@ -114,11 +118,13 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
         NormalizeGraph(),
         DrawWhole(asked.randomness),
         FoldConstants(),
+        SplitMicrobatches(request.mesh, asked.pipeline.microbatches or 1, asked.pipeline.batch),
         AnnotateShardings(
             asked.hardware, asked.template, asked.constraints, request.fixed_parameters, asked.memory_budget_bytes, is_whole, asked.seed
         ),
         InsertCollectives(asked.hardware, is_whole),
         LocalizeShapes(),
+        CutStages(asked.hardware, asked.pipeline, asked.memory_budget_bytes),
         OverlapCollectives(asked.hardware, asked.overlap),
         EmitPrograms(type(request.model).__name__),
     )
@@ -129,9 +135,9 @@ def make_plan(request: Request) -> Plan:
     from autoshard.profile_plan import extrapolations
 
     asked = request.settings
-    check_batch((request.args, request.kwargs), request.mesh, asked.template, asked.inputs)
-    program, resolver = run_and_keep(passes_for(request), Program(fx.Graph(), request.mesh), asked.dump_dir)
-    for note in extrapolations(program, CostModel(request.mesh, asked.hardware)) if asked.hardware.measured else ():
+    check_batch((request.args, request.kwargs), request.mesh.of_stage, asked.template, asked.inputs)
+    program, resolver = run_and_keep(passes_for(request), Program(fx.Graph(), request.mesh.of_stage), asked.dump_dir)
+    for note in extrapolations(program, CostModel(request.mesh.of_stage, asked.hardware)) if asked.hardware.measured else ():
         program.note(note)
     name, constraints = type(request.model).__name__, dict(asked.constraints)
     return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, constraints, resolver)

@@ -16,10 +16,14 @@ from autoshard.conversions import BY_NAME, Conversion
 from autoshard.equations import Strategy
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
+from autoshard.pipeline import Pipeline
 from autoshard.placements import I, Layout, R
 from autoshard.symbolic import Size, Symbol, at, sizes_in
 
-Role = Literal["parameter", "buffer", "input", "op", "start", "conversion", "mask", "tie", "projection", "update", "output"]
+# A received value is what the pipeline stage before passes on.
+Role = Literal[
+    "parameter", "buffer", "input", "received", "op", "start", "conversion", "mask", "tie", "projection", "update", "output"
+]
 # A branch of torch.cond that a node stands in: the number of the cond and which of its two branches, for conds inside each
 # other the outermost first; empty outside of all.
 Branch = tuple[tuple[int, bool], ...]
@@ -55,7 +59,8 @@ class Facts:
     generator. strides: of what a random op returned on the single device. autocast: the regions of torch.autocast that it
     runs in. recompute: number of the region of torch.utils.checkpoint that it belongs to. branch: the branches of torch.cond
     that it stands in. gathers_again: copies of this weight that are gathered for an op are not kept for backward, which gathers
-    them again. number: what a traced node computes that is no tensor but a size.
+    them again. number: what a traced node computes that is no tensor but a size. stage: the pipeline stage that computes it; None for
+    what stages compute or hold where they read it. is_prepared: computed once per step, whatever the microbatch.
     """
 
     role: Role
@@ -78,6 +83,8 @@ class Facts:
     gathers_again: bool = False
     branch: Branch = ()
     number: int | float | None = None
+    stage: int | None = None
+    is_prepared: bool = False
 
     @property
     def value(self) -> TensorInfo:
@@ -129,7 +136,7 @@ class Program:
     parameters and buffers -> the name that the graph uses. notes: what the user must know, one sentence each. passes: the
     names of those that ran. constants: values of tensors that the
     model made outside its parameters and buffers. symbols: sizes that may change from call to call (autoshard.symbolic).
-    source: the text of the emitted program.
+    source: the text of the emitted program. pipeline: how microbatches go through stages, whose programs are `stages`.
     """
 
     graph: fx.Graph
@@ -149,6 +156,8 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     symbols: dict[str, Symbol] = field(default_factory=dict)
     source: str = ""
+    pipeline: Pipeline | None = None
+    stages: tuple[Program, ...] = ()
 
     def nodes(self, *roles: Role) -> Iterator[fx.Node]:
         """Nodes with one of `roles` (all without any), in order."""
@@ -161,6 +170,19 @@ class Program:
     def parameters(self) -> dict[str, fx.Node]:
         """Placeholders of parameters by name."""
         return {facts(node).name: node for node in self.nodes("parameter")}
+
+    def given(self) -> dict[str, Facts]:
+        """What is known of the tensor arguments by name: of whole ones, where placeholders stand for microbatches of them."""
+        found = {facts(node).name: facts(node) for node in self.nodes("input")}
+        if self.pipeline is None:
+            return found
+        whole: dict[str, Facts] = {}
+        for name, (argument, dim) in self.pipeline.inputs.items():
+            value = found[name].value
+            ways = [self.pipeline.microbatches if k == dim else 1 for k in range(len(value.shape))]
+            shape = tuple(size * n for size, n in zip(value.shape, ways, strict=True))
+            whole[argument] = replace(found[name], name=argument, values=(replace(value, shape=shape),))
+        return whole
 
     def on_mesh(self, mesh: MeshSpec) -> Program:
         """A copy for another plan, on `mesh`: what is decided on one is not seen on the other. For programs before annotate_shardings."""

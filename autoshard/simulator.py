@@ -318,7 +318,9 @@ def _run_nodes(
         if known.role == "output":
             simulation.outputs = list(fx.map_arg(node.args[0], lambda n: env[n]))
             break
-        if node.op == "placeholder":
+        if known.role == "received":
+            env[node] = inputs[known.name]
+        elif node.op == "placeholder":
             given = inputs[known.name] if known.role == "input" else tensors[known.name]
             held = given if isinstance(given, Ranks) else _spread(given, node, program)
             (simulation.inputs if known.role == "input" else simulation.leaves)[known.name] = held

@@ -23,6 +23,7 @@ from autoshard.program import Program, call_of, draws_random, example_sizes, fac
 from autoshard.quiet_random import without_draws
 from autoshard.rules import rule_of
 from autoshard.simulator import Ranks, Simulation, run_program
+from autoshard.stage_simulator import run_stages
 from autoshard.torch_internals import pytree, tag_checkpoints
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -65,6 +66,8 @@ def simulate_plan(
         raise InputError(f"the plan was made for {len(names)} arguments, got {len(leaves)}")
     inputs = {name: leaf for name, leaf in zip(names, leaves, strict=True) if name is not None}
     sizes = plan.sizes_of({name: tuple(leaf.shape) for name, leaf in inputs.items()})
+    if plan.program.pipeline is not None:
+        return run_stages(plan.program, _tensors(model, plan.program), inputs, seed, is_random)
     program = plan.program if sizes == example_sizes(plan.program) else instantiate(plan.program, sizes)
     return run_program(program, _tensors(model, plan.program), inputs, seed, is_random)
 

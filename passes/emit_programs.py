@@ -25,6 +25,7 @@ from autoshard.ops import lowerings
 from autoshard.placements import format_layout, padded_axes
 from autoshard.program import Facts, Program, facts, is_of_runtime, is_wait, row_of
 from autoshard.regions import repeats_gathers, results, statistics
+from autoshard.stages import given_to_forward, given_to_prepare, prepared_by
 from autoshard.symbolic import Real, Size, Symbol
 from autoshard.text import describe_value, short_dtype
 
@@ -41,15 +42,25 @@ class EmitPrograms:
     name: str = "model"
 
     def __call__(self, program: Program) -> Program:
-        body = [*_constants(program), *_bind_sizes(program, _forward(program))]
+        for number, stage in enumerate(program.stages):
+            stage.passes = program.passes
+            self._write(stage, f"Stage {number} of {len(program.stages)} of {self.name}")
+        if program.stages:
+            program.source = "\n\n".join(stage.source for stage in program.stages)
+        else:
+            self._write(program, self.name)
+        return program
+
+    @staticmethod
+    def _write(program: Program, name: str) -> None:
+        body = [*_constants(program), *_prepare(program), *_bind_sizes(program, _forward(program))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         used |= {"gathers_again"} if repeats_gathers(program) else set()
         imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
-            [*_header(program, self.name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
+            [*_header(program, name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
         )
-        return program
 
 
 def _header(program: Program, name: str) -> list[str]:
@@ -106,6 +117,7 @@ def _tables(program: Program) -> list[str]:
         f"    MESH = {{{axes}}}",
         *table("PARAMETERS", "parameter"),
         *table("BUFFERS", "buffer"),
+        *(table("RECEIVED", "received") if any(True for _ in program.nodes("received")) else []),
         *table("INPUTS", "input"),
         "",
     ]
@@ -117,10 +129,9 @@ def _constants(program: Program) -> list[str]:
     if not frontier:
         return []
     lines = ["    def constants(self):"]
-    axes = ", ".join(program.mesh.axes)
     needed = [node for node in program.nodes() if facts(node).is_constant]
     if any(facts(node).role in ("conversion", "mask") or facts(node).op is not None for node in needed):
-        lines.append(f"        {axes}{',' if program.mesh.ndim == 1 else ''} = self.axes")
+        lines.append(f"        {_axes_of(program)} = self.axes")
     text = _Text(program, lines)
     for node in needed:
         text.compute(node)
@@ -129,20 +140,46 @@ def _constants(program: Program) -> list[str]:
     return [*lines, f"        return {{{names}}}", ""]
 
 
+def _prepare(program: Program) -> list[str]:
+    """A method that computes, once per step, what no microbatch changes and the forward pass reads."""
+    needed = [node for node in program.nodes() if facts(node).is_prepared]
+    if not needed:
+        return []
+    read = dict.fromkeys(operand for node in needed for operand in node.all_input_nodes if not facts(operand).is_prepared)
+    arguments = ", ".join(["self", *(node.name for node in given_to_prepare(program))])
+    lines = [f"    def prepare({arguments}):  # once per step", f"        {_axes_of(program)} = self.axes"]
+    constants = [node for node in read if facts(node).is_constant and node.op != "placeholder"]
+    lines += [f'        {node.name} = self.constant("{node.name}")' for node in constants]
+    text = _Text(program, lines)
+    for node in [*(node for node in read if facts(node).role in ("parameter", "buffer")), *needed]:
+        text.compute(node)
+    text.enter(())
+    names = ", ".join(f'"{node.name}": {node.name}' for node in prepared_by(program))
+    return [*lines, f"        return {{{names}}}", ""]
+
+
+def _axes_of(program: Program) -> str:
+    return ", ".join(program.mesh.axes) + ("," if program.mesh.ndim == 1 else "")
+
+
 def _is_frontier(node: fx.Node) -> bool:
     return facts(node).is_constant and node.op != "placeholder" and any(not facts(user).is_constant for user in node.users)
 
 
+def _is_read_forward(node: fx.Node) -> bool:
+    return _is_frontier(node) and any(not facts(user).is_constant and not facts(user).is_prepared for user in node.users)
+
+
 def _forward(program: Program) -> list[str]:
-    inputs = [node.name for node in program.nodes("input")]
-    axes = ", ".join(program.mesh.axes) + ("," if program.mesh.ndim == 1 else "")
+    inputs = [node.name for node in given_to_forward(program)]
     lines = ["    @gathers_again  # autograd keeps shards of the weights of all_gather_again, and backward gathers them again"]
     lines = lines if repeats_gathers(program) else []
-    lines += [f"    def forward({', '.join(['self', *inputs])}):", f"        {axes} = self.axes"]
-    lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_frontier(node)]
+    lines += [f"    def forward({', '.join(['self', *inputs])}):", f"        {_axes_of(program)} = self.axes"]
+    lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_read_forward(node)]
+    lines += [f'        {node.name} = self.prepared["{node.name}"]' for node in prepared_by(program)]
     text = _Text(program, lines)
-    for node in program.nodes("input"):
-        if _is_padded(program, node):
+    for node in given_to_forward(program):
+        if facts(node).role == "input" and _is_padded(program, node):
             text.compute(node)
     text.add_all(list(program.nodes()))
     text.enter(())
@@ -185,9 +222,11 @@ class _Text:
 
     def add(self, node: fx.Node) -> None:
         known = facts(node)
-        if (known.is_constant and node.op != "placeholder") or known.role in ("parameter", "input", "output"):
+        if ((known.is_constant or known.is_prepared) and node.op != "placeholder") or known.role in ("parameter", "input", "received", "output"):
             return
-        if known.role == "buffer" and all(facts(user).is_constant or _reads_by_name(user, node) for user in node.users):
+        if known.role == "buffer" and all(
+            facts(user).is_constant or facts(user).is_prepared or _reads_by_name(user, node) for user in node.users
+        ):
             return
         if known.role in ("op", "update"):
             self.enter(known.autocast)
@@ -286,7 +325,7 @@ def _autocast(region: Autocast) -> str:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    return sorted(node.users)  # fx orders nodes by their place in the graph
+    return sorted(user for user in node.users if not facts(user).is_prepared)  # fx orders nodes by their place in the graph
 
 
 def _last_uses(program: Program) -> dict[fx.Node, fx.Node]:

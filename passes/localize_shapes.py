@@ -55,13 +55,13 @@ class LocalizeShapes:
                     if strategy.factor and base(strategy.factor) not in rule.undrawn
                 )
             _mask(program, node, rule, equation, masked)
-            _localize_sizes(program, node, rule, equation)
+            localize_sizes(program, node, rule, equation)
             _lower(program, node, rule, equation)
         program.is_localized = True
         return program
 
 
-def _localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
+def localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
     known, sizes = facts(node), program.mesh.shape
     if rule.shape is not None:
         local = local_shape(known.value.shape, known.layout, sizes)

@@ -47,6 +47,9 @@ class OverlapCollectives:
     def __call__(self, program: Program) -> Program:
         if not self.is_on:
             return program
+        if program.pipeline is not None:
+            program.note("collectives of pipeline stages are not overlapped with compute: overlap=True has no effect")
+            return program
         costs = CostModel(program.mesh, self.hardware)
         places = _Places.of(program, costs)
         chains = _chains(program, places, costs)
