@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from autoshard import autocast, runtime
 from autoshard.dtensors import torch_placements
 from autoshard.plan import Plan
+from autoshard.plan_file import digest
 from autoshard.program import Facts, facts, info_at
 from autoshard.torch_internals import local_of, pytree
 
@@ -52,6 +53,10 @@ class LoadedProgram:
             ]
         return pytree.tree_unflatten(list(results), self.plan.program.out_spec)
 
+    def forget_constants(self) -> None:
+        """Compute them anew at the next call."""
+        self.program.forget_constants()
+
     def _watch(self) -> None:
         """Compute constants anew when a buffer that they were made from was written."""
         buffers = [self.slots(name) for name in self.watched]
@@ -70,16 +75,30 @@ class LoadedProgram:
 def load_program(
     plan: Plan, axes: tuple[runtime.Axis, ...], tensor: Callable[[str], torch.Tensor], device: torch.device, seed: Callable[[], int]
 ) -> Any:
-    """Execute the emitted text in memory: the text that `plan.emit` writes."""
+    """Execute the emitted text of a plan in memory: the text that `plan.emit` writes."""
+    constants = {name: value.to(device) for name, value in plan.program.constants.items()}
+    return load_text(
+        plan.program.source, plan.model_name, axes, lambda name: constants[name] if name in constants else tensor(name), device, seed
+    )
+
+
+def load_text(
+    text: str,
+    name: str,
+    axes: tuple[runtime.Axis, ...],
+    tensor: Callable[[str], torch.Tensor],
+    device: torch.device,
+    seed: Callable[[], int],
+) -> Any:
+    """The program that an emitted text defines."""
     sys.modules.setdefault("autoshard_runtime", runtime)
-    filename = f"<autoshard {plan.model_name} {plan.fingerprint[:12]}>"
-    text = plan.program.source
+    number = digest(text)[:12]
+    filename = f"<autoshard {name} {number}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    module = types.ModuleType(f"autoshard_program_{plan.fingerprint[:12]}")
+    module = types.ModuleType(f"autoshard_program_{number}")
     sys.modules[module.__name__] = module  # torch.compile looks its globals up there
     exec(compile(text, filename, "exec"), vars(module))
-    constants = {name: value.to(device) for name, value in plan.program.constants.items()}
-    return module.Rank(axes, lambda name: constants[name] if name in constants else tensor(name), device, seed)
+    return module.Rank(axes, tensor, device, seed)
 
 
 def _constant_buffers(plan: Plan) -> list[str]:

@@ -107,3 +107,14 @@ def check_mesh(mesh: DeviceMesh, spec: MeshSpec) -> None:
         raise MeshError(f"this process (rank {dist.get_rank()}) is not on the mesh {spec}, whose ranks are {mesh.mesh.flatten().tolist()}")
     if spec.size > dist.get_world_size():
         raise MeshError(f"mesh {spec} has {spec.size} ranks, the world has {dist.get_world_size()} processes")
+
+
+def mesh_of_stage(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks of this process' pipeline stages: `mesh` without axis `pp`, or this rank alone (axis `one`) where no other axis is."""
+    names = mesh.mesh_dim_names or ()
+    if PIPELINE_AXIS not in names:
+        return mesh
+    kept = tuple(name for name in names if name != PIPELINE_AXIS)
+    if kept:
+        return mesh[kept]
+    return DeviceMesh(mesh.device_type, mesh.mesh.reshape(-1, 1), mesh_dim_names=(PIPELINE_AXIS, "one"))["one"]

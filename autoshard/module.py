@@ -27,12 +27,14 @@ from autoshard.dtensors import layout_of, torch_placements
 from autoshard.dynamic_dims import Marks, marks_of, without_short
 from autoshard.errors import AutoshardError, InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
-from autoshard.mesh import MeshSpec, check_mesh
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, mesh_of_stage
+from autoshard.pipelined_program import PipelinedProgram
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
 from autoshard.plan_file import digest
 from autoshard.planner import Request, Settings, batch_axes, entry_layout, make_plan
 from autoshard.program import baked_values, facts
+from autoshard.stage_simulator import parameters_of
 from autoshard.torch_internals import is_in_backward, let_segments_be_read, local_of, pytree
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -46,7 +48,7 @@ class ShardedModule(nn.Module):
         spec = MeshSpec.of(mesh)
         check_mesh(mesh, spec)
         let_segments_be_read()
-        object.__setattr__(self, "_state", _State(model, mesh, spec, settings))
+        object.__setattr__(self, "_state", _State(model, mesh_of_stage(mesh), spec.of_stage, settings, mesh, spec))
         self._mirror(model, model.named_modules(remove_duplicate=False))
 
     def _mirror(self, model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -112,11 +114,10 @@ class ShardedModule(nn.Module):
         self._state.plan = ready.plan
         return ready.plan
 
-    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], LoadedProgram, Mapping[str, int]]:
+    def _ready(self, args: tuple, kwargs: dict) -> tuple[list[Any], LoadedProgram | PipelinedProgram, Mapping[str, int]]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         state = self._state
-        if not state.slots:
-            state.members, state.slots = tuple(self.modules()), _slots(self)
+        self._look_up()
         modes = tuple([module.training for module in state.members])
         trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
         keys = tuple([leaf_key(leaf) for leaf in leaves])
@@ -134,6 +135,11 @@ class ShardedModule(nn.Module):
             self._admit(ready, leaves, keys)
         return leaves, ready, ready.sizes[keys] if marks else {}
 
+    def _look_up(self) -> None:
+        """Find out once where every parameter and buffer is held."""
+        if not self._state.slots:
+            self._state.members, self._state.slots = tuple(self.modules()), _slots(self)
+
     @torch.compiler.disable
     def _marks(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Marks:
         """Dims of this call whose sizes may change; those of length 0 and 1 are planned for as they are."""
@@ -147,7 +153,7 @@ class ShardedModule(nn.Module):
         return marks if any(marks) else ()
 
     @torch.compiler.disable
-    def _admit(self, ready: LoadedProgram, leaves: list[Any], key: tuple) -> None:
+    def _admit(self, ready: LoadedProgram | PipelinedProgram, leaves: list[Any], key: tuple) -> None:
         """Before the first step at new sizes: the plan holds there, and all ranks have the same."""
         failure: Exception | None = None
         sizes: dict[str, int] = {}
@@ -170,6 +176,7 @@ class ShardedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
         own = self.state_dict()
+        state_dict = {name: value for name, value in state_dict.items() if name not in self._state.absent}
         faults = [
             f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}"
             for k, v in state_dict.items()
@@ -220,6 +227,7 @@ class ShardedModule(nn.Module):
 
     def adopt(self, plan: Plan) -> None:
         """Put parameters where `plan` wants them and keep its program for calls that it fits."""
+        self._look_up()
         self._shard_parameters(plan)
         self._state.plan = plan
         self._state.adopted.append(plan)
@@ -228,8 +236,9 @@ class ShardedModule(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ShardedModule:
         result = super()._apply(fn, recurse)
-        tensors = zip([*self.parameters(), *self.buffers()], [*self._state.source.parameters(), *self._state.source.buffers()], strict=True)
-        for mine, original in tensors:
+        originals = {**dict(self._state.source.named_parameters()), **dict(self._state.source.named_buffers())}
+        for name, mine in [*self.named_parameters(), *self.named_buffers()]:
+            original = originals[name]
             if mine.dtype != original.dtype:  # programs are traced with dtypes
                 original.data = original.data.to(mine.dtype)
                 self._state.ready.clear()
@@ -277,9 +286,39 @@ class ShardedModule(nn.Module):
                 local, mesh, torch_placements(layout), run_check=False, shape=parameter.shape, stride=parameter.stride()
             )
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
+        if plan.program.pipeline is not None:
+            state.stages = parameters_of(plan.program)
+            self._drop_other_stages(plan)
+
+    def _drop_other_stages(self, plan: Plan) -> None:
+        """Free the parameters and buffers that other ranks' stages hold; the model has no entries for them any more."""
+        state, pipeline = self._state, plan.program.pipeline
+        assert pipeline is not None
+        here = dist.get_rank(state.whole_mesh.get_group(PIPELINE_AXIS))
+        needed: dict[str, set[int]] = {}
+        for rank, stage in zip(pipeline.stage_ranks, plan.program.stages, strict=True):
+            for node in stage.nodes("parameter", "buffer"):
+                needed.setdefault(facts(node).name, set()).add(rank)
+        for name, (owner, leaf) in list(state.slots.items()):
+            ranks = needed.get(state.aliases.get(name, name))
+            if ranks is None or here in ranks:
+                continue
+            tensor: Any = owner[leaf]
+            if isinstance(tensor, nn.Parameter):
+                torch.utils.swap_tensors(tensor, nn.Parameter(torch.empty(0, device=state.device), requires_grad=tensor.requires_grad))
+            state.absent[name], owner[leaf] = tensor, None
+            state.slots[name] = state.absent, name
+
+    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of other stages too, which are empty here; each once, by the first of its names."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, _ in self._state.source.named_parameters(remove_duplicate=False):
+            owner, leaf = self._state.slots[name]
+            found.setdefault(id(owner[leaf]), (name, owner[leaf]))
+        return list(found.values())
 
     @torch.compiler.disable
-    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any], key: tuple, marks: Marks) -> LoadedProgram:
+    def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any], key: tuple, marks: Marks) -> LoadedProgram | PipelinedProgram:
         """Plan, agree with the other ranks that all run the same program, and load it."""
         state, plan = self._state, None
         failure: Exception | None = None
@@ -291,8 +330,9 @@ class ShardedModule(nn.Module):
                     f"{held[0]} cannot move to its shards any more, torch.compile or other code holds a weak reference to it; "
                     "plan before that: pass example_inputs to autoshard.compile"
                 )
-            for parameter, original in zip(self.parameters(), state.source.parameters(), strict=True):
-                original.requires_grad_(parameter.requires_grad)
+            originals = dict(state.source.named_parameters())
+            for name, parameter in self._all_parameters():
+                originals[name].requires_grad_(parameter.requires_grad)
             for mine, theirs in zip(self.modules(), state.source.modules(), strict=True):
                 theirs.training = mine.training
             plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves, marks)
@@ -313,9 +353,16 @@ class ShardedModule(nn.Module):
         )
         assert plan is not None
         self._shard_parameters(plan)
-        ready = LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
+        ready = self._loaded(plan)
         ready.sizes[key] = sizes
         return ready
+
+    def _loaded(self, plan: Plan) -> LoadedProgram | PipelinedProgram:
+        state = self._state
+        if plan.program.pipeline is None:
+            return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
+        group = state.whole_mesh.get_group(PIPELINE_AXIS)
+        return PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group)
 
     def _values(self, plan: Plan) -> str:
         """Digest of parameters, buffers and constants, of some thousand numbers of each."""
@@ -331,12 +378,13 @@ class ShardedModule(nn.Module):
             state.source,
             args,
             kwargs,
-            state.spec,
+            state.whole_spec,
             state.settings,
             device=state.device.type,
             entry_layouts=tuple(layouts),
             fixed_parameters=state.layouts or {},
             dynamic=marks,
+            fixed_stages=state.stages or {},
         )
         return make_plan(request)
 
@@ -347,7 +395,7 @@ class ShardedModule(nn.Module):
             return False
         if program.baked != baked_values(leaves, self):
             return False
-        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters(remove_duplicate=False)}
+        trained = {name: owner[leaf].requires_grad for name, (owner, leaf) in self._state.slots.items()}
         if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
             return False
         given = [(described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -418,11 +466,15 @@ class _State:
     mesh: DeviceMesh
     spec: MeshSpec
     settings: Settings
-    ready: dict[Any, LoadedProgram] = field(default_factory=dict)
+    whole_mesh: DeviceMesh  # with the axis `pp`, where there is one
+    whole_spec: MeshSpec
+    ready: dict[Any, LoadedProgram | PipelinedProgram] = field(default_factory=dict)
     marks: dict[Any, Marks] = field(default_factory=dict)
     adopted: list[Plan] = field(default_factory=list)
     plan: Plan | None = None
     layouts: dict[str, Layout] | None = None
+    stages: dict[str, tuple[int, ...]] | None = None  # by parameter, where there are pipeline stages
+    absent: dict[str, Any] = field(default_factory=dict)  # emptied parameters and buffers of other stages
     aliases: dict[str, str] = field(default_factory=dict)
     members: tuple[nn.Module, ...] = ()
     slots: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # name -> the dict that holds the tensor, its key
@@ -460,14 +512,14 @@ class _State:
 
     def forget_constants(self) -> None:
         for ready in self.ready.values():
-            ready.program.forget_constants()
+            ready.forget_constants()
 
     def exchange(self, mine: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's `mine`, in rank order of the mesh."""
         everyone: list[Any] = [mine]
-        for axis in reversed(self.spec.axes):
-            gathered: list[Any] = [None] * self.spec.shape[self.spec.index(axis)]
-            dist.all_gather_object(gathered, everyone, group=self.mesh.get_group(axis))
+        for axis in reversed(self.whole_spec.axes):
+            gathered: list[Any] = [None] * self.whole_spec.shape[self.whole_spec.index(axis)]
+            dist.all_gather_object(gathered, everyone, group=self.whole_mesh.get_group(axis))
             everyone = [item for part in gathered for item in part]
         return everyone
 

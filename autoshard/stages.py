@@ -62,7 +62,8 @@ def stage_programs(program: Program) -> tuple[Program, ...]:
     """One program per stage, from `facts(node).stage` of the places; the last one returns the results."""
     kinds = kinds_of(program)
     stage_of = {node: facts(node).stage or 0 for node, kind in kinds.items() if kind == "place"}
-    count = 1 + max(stage_of.values(), default=0)
+    assert program.pipeline is not None
+    count = len(program.pipeline.stage_ranks)
     stage_of[program.output] = count - 1
     _place_updates(program, kinds, stage_of)
     sent = [sent_over(program, stage_of, stage) for stage in range(count)]

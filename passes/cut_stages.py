@@ -8,22 +8,28 @@ autoshard.cutting finds the cut of least predicted step time under each schedule
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from autoshard.errors import PlanError
 from autoshard.hardware import Hardware
 from autoshard.mesh import PIPELINE_AXIS
 from autoshard.pipeline import Pipelining
 from autoshard.program import Program, facts
 from autoshard.schedules import make_schedule, stage_ranks
-from autoshard.stages import kinds_of, stage_programs
+from autoshard.stages import kinds_of, readers, stage_programs
 
 
 @dataclass(frozen=True)
 class CutStages:
-    """Cut into the stages of axis `pp`; programs without one are left as they are. Raises PlanError, BudgetError."""
+    """Cut into the stages of axis `pp`; programs without one are left as they are. fixed: by parameter the stages that hold it already.
+
+    Raises PlanError, BudgetError.
+    """
 
     hardware: Hardware
     asked: Pipelining = field(default_factory=Pipelining)
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     memory_budget_bytes: float | None = None
 
     def __call__(self, program: Program) -> Program:
@@ -34,8 +40,11 @@ class CutStages:
         lies = stage_ranks(name, ranks, self.asked.stages_per_rank or 1)
         kinds = kinds_of(program)
         places = [node for node in program.nodes() if kinds[node] == "place" and facts(node).role != "output"]
-        for k, node in enumerate(places):
-            facts(node).stage = k * len(lies) // len(places)
+        if self.fixed:
+            _follow(program, self.fixed, len(lies))
+        else:
+            for k, node in enumerate(places):
+                facts(node).stage = k * len(lies) // len(places)
         for node in places:
             if facts(node).role == "projection":
                 facts(node).stage = facts(node.args[0]).stage
@@ -43,3 +52,25 @@ class CutStages:
         program.pipeline = replace(program.pipeline, name=name, stage_ranks=lies, schedule=order)
         program.stages = stage_programs(program)
         return program
+
+
+def _follow(program: Program, fixed: Mapping[str, tuple[int, ...]], stages: int) -> None:
+    """Stages in which every place finds its weights where they lie already. Raises PlanError where there are none."""
+    kinds = kinds_of(program)
+    wanted: dict[fx.Node, set[int]] = {}
+    for name, node in program.parameters().items():
+        for place in readers(node, kinds):
+            wanted[place] = wanted.get(place, set(range(stages))) & set(fixed.get(name, range(stages)))
+    stage = 0
+    for node in program.nodes():
+        if kinds[node] != "place" or facts(node).role == "output":
+            continue
+        later = [number for number in wanted.get(node, {stage}) if number >= stage]
+        if not later:
+            raise PlanError(
+                f"{node.name} ({facts(node).source}) reads weights of an earlier pipeline stage than what it needs: this call runs the "
+                "model in another order than the first one did"
+            )
+        stage = min(later)
+        facts(node).stage = stage
+    facts(program.output).stage = stages - 1

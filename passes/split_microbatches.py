@@ -371,7 +371,12 @@ class _Splitter:
 
     def _results(self) -> tuple[Joined, ...]:
         found: list[Joined] = []
-        for node in self.program.output.args[0]:  # type: ignore[union-attr]
+        loss = _loss(self.program)
+        results = list(self.program.output.args[0])  # type: ignore[arg-type]
+        if loss is not None and self._lies(results[loss]) == R and self.count > 1:  # backward starts from terms of it
+            results[loss] = self._scaled(results[loss], 1.0 / self.count, "share", P)
+            self.program.output.args = (tuple(results),)
+        for node in results:
             placement = self._lies(node) if isinstance(node, fx.Node) else R
             if placement.segments:
                 raise PlanError(f"the result {node.name} interleaves rows of microbatches; return it with its batch dim in front")

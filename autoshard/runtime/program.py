@@ -46,6 +46,7 @@ class Program:
         self.tensor = tensor
         self.device = device
         self.seed = seed
+        self.prepared: dict[str, Tensor] = {}  # of a pipeline stage: what it computes once per step
         self._constants: dict[str, Tensor] | None = None
         self._is_again = False  # whether a checkpointed region runs for the second time
 

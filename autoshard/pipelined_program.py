@@ -1,0 +1,265 @@
+"""A plan with pipeline stages, loaded on a rank: one call of the model is one run of the schedule.
+
+In training, forward and backward of all microbatches run inside the call of the model; the gradients are kept by the loss that it
+returns, and `loss.backward()` adds them, scaled by what arrives there, to `.grad` of the parameters. So the training loop is that
+of a model without stages, accumulation over several calls included.
+
+    prepare        once per step: conversions and casts of weights, under autograd
+    microbatches   read detached copies of what was prepared, on which gradients add up
+    after          one backward through `prepare` reduces the gradients of the whole batch; parts of tied weights are added up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
+
+from autoshard import runtime
+from autoshard.errors import PlanError
+from autoshard.loaded_program import load_text
+from autoshard.microbatches import joined, of_microbatch
+from autoshard.ops.row import TensorInfo
+from autoshard.pipeline import Pipeline
+from autoshard.pipeline_engine import EngineStage, PipelineEngine
+from autoshard.placements import local_shape
+from autoshard.plan import Plan
+from autoshard.program import Facts, Program, facts, producer
+from autoshard.stage_simulator import parameters_of
+from autoshard.stages import given_to_forward, given_to_prepare, prepared_by
+from autoshard.torch_internals import local_of, pytree
+
+
+@dataclass
+class _Stage:
+    """One stage of this rank: its program, and the leaves that a step's gradients add up on."""
+
+    number: int
+    program: Program
+    code: Any
+    prepared: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what `prepare` made, and the copy that microbatches read
+
+
+class PipelinedProgram:
+    """A plan with its stages loaded on this rank. group: the ranks of `pp` that share this rank's place on the other axes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        axes: tuple[runtime.Axis, ...],
+        slots: Callable[[str], Tensor],
+        device: torch.device,
+        seed: Callable[[], int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        assert plan.program.pipeline is not None
+        self.plan, self.slots, self.device, self.seed, self.group = plan, slots, device, seed, group
+        self.pipeline: Pipeline = plan.program.pipeline
+        self.rank = dist.get_rank(group)
+        self.leaves: dict[str, Tensor] = {}
+        self.inputs: Mapping[str, Tensor] = {}
+        self.is_checked = False
+        self.sizes: dict[tuple, dict[str, int]] = {}
+        self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
+        constants = {name: value.to(device) for name, value in plan.program.constants.items()}
+
+        def tensor(name: str) -> Tensor:
+            return constants[name] if name in constants else self.leaves[name] if name in self.leaves else local_of(slots(name))
+
+        mine = [number for number, rank in enumerate(self.pipeline.stage_ranks) if rank == self.rank]
+        self.stages = [
+            _Stage(k, (part := plan.program.stages[k]), load_text(part.source, f"{plan.model_name} stage {k}", axes, tensor, device, seed))
+            for k in mine
+        ]
+        held = parameters_of(plan.program)
+        self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
+        self.tied = self._tied_groups(held)
+        parts = [self._engine_stage(stage) for stage in self.stages]
+        self.engine = PipelineEngine(parts, self.pipeline.stage_ranks, self.pipeline.microbatches, group, device)
+        self.last = self.pipeline.stage_ranks[-1]
+
+    def _tied_groups(self, held: Mapping[str, Sequence[int]]) -> dict[str, dist.ProcessGroup]:
+        """For parameters on several ranks of `pp`: the group of these ranks."""
+        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        found = {}
+        for name, stages in held.items():
+            ranks = tuple(sorted({self.pipeline.stage_ranks[stage] for stage in stages}))
+            if len(ranks) > 1 and self.rank in ranks:
+                if ranks not in groups:
+                    members = [dist.get_global_rank(self.group, rank) for rank in ranks]
+                    groups[ranks] = dist.new_group(members, use_local_synchronization=True)
+                found[name] = groups[ranks]
+        return found
+
+    def _engine_stage(self, stage: _Stage) -> EngineStage:
+        received = tuple(self._example(facts(node)) for node in stage.program.nodes("received"))
+        results = [node for node in stage.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+        sent = tuple(self._example(facts(producer(node)[0]), producer(node)[1]) for node in results)
+
+        def forward(values: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+            return self._forward(stage, values, number)
+
+        return EngineStage(stage.number, forward, received, sent)
+
+    def _example(self, known: Facts, index: int = 0) -> Tensor:
+        value: TensorInfo = known.values[index]
+        shape = local_shape(value.shape, known.layouts[index], self.plan.mesh.shape)
+        return torch.empty(tuple(shape or ()), dtype=value.dtype, device="meta", requires_grad=value.needs_grad)
+
+    def _forward(self, stage: _Stage, values: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
+        """One stage on one microbatch."""
+        received = {facts(node).name: value for node, value in zip(stage.program.nodes("received"), values, strict=True)}
+        given = {**of_microbatch(self.pipeline, self.inputs, number, self.device), **received}
+        stage.code.seed = lambda: runtime.mix(self.seed(), number)
+        results = stage.code.forward(*(given[facts(node).name] for node in given_to_forward(stage.program)))
+        return tuple(result for result in results if isinstance(result, Tensor))
+
+    # ------------------------------------------------------------------------------------------------------ one call
+
+    def __call__(self, leaves: list[Any], *_: Any) -> Any:
+        named = zip(self.plan.program.flat_inputs, leaves, strict=True)
+        self.inputs = {name: leaf for name, leaf in named if name is not None}
+        try:
+            trains = torch.is_grad_enabled() and self.plan.program.is_training
+            if trains and self.pipeline.loss is None:
+                raise PlanError(_NO_LOSS)
+            return self._train() if torch.is_grad_enabled() and self.pipeline.loss is not None else self._evaluate()
+        finally:
+            self.inputs, self.leaves = {}, {}
+
+    def _evaluate(self) -> Any:
+        with torch.no_grad():
+            self._prepare()
+            results = self.engine.evaluate()
+            return self._returned(self._everywhere(results, range(len(self.pipeline.results))))
+
+    def _train(self) -> Any:
+        assert self.pipeline.loss is not None
+        trained = {name: self.slots(name) for name in self.held if self.slots(name).requires_grad}
+        self.leaves = {name: local_of(held).detach().requires_grad_() for name, held in trained.items()}
+        self._prepare()
+        results = self.engine.train(self.pipeline.schedule, self._tensor_number(self.pipeline.loss))
+        self._reduce()
+        gradients = [(trained[name], leaf.grad) for name, leaf in self.leaves.items() if leaf.grad is not None]
+        values = self._everywhere(results, [self.pipeline.loss])
+        loss = values[self.pipeline.loss]
+        values[self.pipeline.loss] = _Loss.apply(loss.detach().requires_grad_(), _Gradients(gradients))
+        return self._returned(values)
+
+    def _prepare(self) -> None:
+        for stage in self.stages:
+            given = [self.inputs[self.pipeline.inputs[facts(node).name][0]] for node in given_to_prepare(stage.program)]
+            stage.code.seed = self.seed
+            made = stage.code.prepare(*given) if prepared_by(stage.program) or _has_updates(stage.program) else {}
+            copies = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
+            stage.prepared = [(made[name], copy) for name, copy in copies.items() if copy.requires_grad]
+            stage.code.prepared = copies
+
+    def _reduce(self) -> None:
+        """Backward through what was prepared, once for all microbatches; then the parts of tied weights."""
+        for stage in self.stages:
+            reached = [(value, copy.grad) for value, copy in stage.prepared if copy.grad is not None]
+            torch.autograd.backward([value for value, _ in reached], [grad for _, grad in reached])
+            stage.prepared, stage.code.prepared = [], {}
+        for name, group in self.tied.items():
+            if name in self.leaves:
+                leaf = self.leaves[name]
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous()
+                dist.all_reduce(leaf.grad, group=group)
+
+    def _tensor_number(self, result: int) -> int:
+        """The number of a result among those that are tensors."""
+        nodes = list(self.plan.program.output.args[0])  # type: ignore[arg-type]
+        return sum(isinstance(node, fx.Node) for node in nodes[:result])
+
+    def _everywhere(self, results: Sequence[tuple[Tensor, ...]], wanted: Sequence[int]) -> list[Any]:
+        """The results of the whole batch; those of `wanted` on every rank, others where the last stage runs and as shapes elsewhere."""
+        nodes = list(self.plan.program.output.args[0])  # type: ignore[arg-type]
+        constants = [None if isinstance(node, fx.Node) else node for node in nodes]
+        if self.rank == self.last:
+            filled = [self._filled(constants, nodes, values) for values in results]
+            found = joined(self.pipeline, filled)
+        else:
+            found = [self._shape(node, how) for node, how in zip(nodes, self.pipeline.results, strict=True)]
+        source = dist.get_global_rank(self.group, self.last)
+        for k in wanted:
+            if isinstance(nodes[k], fx.Node):
+                value = found[k].contiguous() if self.rank == self.last else torch.empty_like(found[k], device=self.device)
+                dist.broadcast(value, source, group=self.group)
+                found[k] = value
+        return found
+
+    @staticmethod
+    def _filled(constants: Sequence[Any], nodes: Sequence[Any], values: Sequence[Tensor]) -> list[Any]:
+        order = iter(values)
+        return [next(order) if isinstance(node, fx.Node) else constant for node, constant in zip(nodes, constants, strict=True)]
+
+    def _shape(self, node: Any, how: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        example = self._example(facts(producer(node)[0]), producer(node)[1]).detach()
+        count = self.pipeline.microbatches
+        return torch.cat([example] * count, how) if isinstance(how, int) else example
+
+    def _returned(self, values: Sequence[Any]) -> Any:
+        return pytree.tree_unflatten(list(values), self.plan.program.out_spec)
+
+    def forget_constants(self) -> None:
+        for stage in self.stages:
+            stage.code.forget_constants()
+
+
+def _has_updates(program: Program) -> bool:
+    return any(facts(node).is_prepared for node in program.nodes("update"))
+
+
+_NO_LOSS = (
+    "a pipeline needs the loss inside the model, as the backward of a microbatch starts before the last one's forward has ended. "
+    "Return it from forward:\n"
+    "    class WithLoss(nn.Module):\n"
+    "        def __init__(self, model): super().__init__(); self.model = model\n"
+    "        def forward(self, x, y): return criterion(self.model(x), y)\n"
+    "    loss = compiled(x, y)   # where compiled = autoshard.compile(WithLoss(model), mesh)"
+)
+
+
+class _Gradients:
+    """Gradients of one call, by parameter, until backward takes them. `.parts` is [] afterwards."""
+
+    def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        self.parts, self.is_taken = parts, False
+
+    def release(self, scale: Tensor) -> None:
+        if self.is_taken:
+            raise RuntimeError("the gradients of this pipelined step were taken by an earlier backward; call the model again")
+        self.is_taken = True
+        parts, self.parts = self.parts, []
+        for parameter, gradient in parts:
+            gradient.mul_(scale)
+            if isinstance(parameter, DTensor):
+                like = parameter
+                gradient = DTensor.from_local(
+                    gradient, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+                )
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a step whose backward has run: it hands over the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: _Gradients) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError("a pipelined loss cannot be differentiated twice: leave out create_graph=True")
+        ctx.gradients.release(grad)
+        return None, None
