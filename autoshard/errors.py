@@ -39,3 +39,7 @@ class BudgetError(AutoshardError):
 
 class HardwareError(AutoshardError):
     """Hardware that is unknown or described by impossible numbers, or a measured profile that cannot be used."""
+
+
+class StageError(AutoshardError):
+    """A stage of a pipeline failed while it ran, on this rank or another, or a rank of the pipeline was lost."""
