@@ -305,7 +305,8 @@ class ShardedModule(nn.Module):
                 continue
             tensor: Any = owner[leaf]
             if isinstance(tensor, nn.Parameter):
-                torch.utils.swap_tensors(tensor, nn.Parameter(torch.empty(0, device=state.device), requires_grad=tensor.requires_grad))
+                empty = DTensor.from_local(torch.empty(0, device=state.device), state.mesh, [Replicate()] * state.spec.ndim, run_check=False)
+                torch.utils.swap_tensors(tensor, nn.Parameter(empty, requires_grad=tensor.requires_grad))
             state.absent[name], owner[leaf] = tensor, None
             state.slots[name] = state.absent, name
 
