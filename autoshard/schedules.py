@@ -16,7 +16,7 @@ and the interleaved schedules take rounds that differ by one.
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,9 +114,10 @@ def _rank_actions(name: ScheduleName, rank: int, ranks: int, microbatches: int, 
         case "interleaved_zero_bubble":
             return _depth_first(rank, ranks, microbatches, stages_per_rank, ahead_per_hop=1, splits_backward=True)
         case "zbv":
-            return (action for action in _numbered(_zbv(rank, ranks, max(microbatches, 2 * ranks - 1))) if action.microbatch < microbatches)
+            actions = _numbered(_zbv(rank, ranks, max(microbatches, 2 * ranks - 1)), rank, ranks)
+            return [action for action in actions if action.microbatch < microbatches]
         case "dualpipev":
-            return _numbered(_dualpipev(rank, ranks, microbatches))
+            return _numbered(_dualpipev(rank, ranks, microbatches), rank, ranks)
 
 
 def forward_only(stage_ranks: Sequence[int], microbatches: int) -> Schedule:
@@ -250,8 +251,8 @@ def _depth_first(
     backs = [(stage, m) for members in rounds for stage in reversed(stages) for m in members]
     ahead = min(len(forwards), (stages_per_rank - 1) * len(rounds[0]) + ahead_per_hop * (ranks - 1 - rank))
     backwards = [Action(stage, "I" if splits_backward else "B", m) for stage, m in backs]
-    weights = [Action(stage, "W", m) for stage, m in backs] if splits_backward else []
-    turns = zip_longest(forwards[ahead:], backwards, [None] * rank + weights)
+    weights: list[Action | None] = [Action(stage, "W", m) for stage, m in backs] if splits_backward else []
+    turns = zip_longest(forwards[ahead:], backwards, [*[None] * rank, *weights])
     return [*forwards[:ahead], *(action for turn in turns for action in turn if action is not None)]
 
 
@@ -265,56 +266,52 @@ def _rounds(ranks: int, microbatches: int) -> list[range]:
 
 # ------------------------------------------------------------------------------------------------------ stages in a V
 
-Move = tuple[int | None, Kind]
-"""An action before its microbatch is known. W without a stage: of the oldest I that waits for it, if one does."""
 
+def _numbered(moves: Iterable[str], rank: int, ranks: int) -> list[Action]:
+    """The actions of `moves` on a rank, every stage taking its microbatches in order.
 
-def _numbered(moves: Iterable[Move]) -> list[Action]:
-    """The actions of `moves`: every stage takes microbatches in order, its forwards and backwards counted apart."""
-    counts: dict[tuple[int, bool], int] = {}
-    waiting: deque[tuple[int, int]] = deque()
+    A move is a kind and which of the rank's two stages: d where the V goes down, u where it comes up; `W` alone: the oldest I whose
+    W is still to come, if there is one.
+    """
+    stages = {"d": rank, "u": 2 * ranks - 1 - rank}
+    counts: Counter[tuple[int, bool]] = Counter()
+    waiting: list[Action] = []
     actions = []
-    for stage, kind in moves:
+    for move in moves:
+        kind: Kind = move[0]  # type: ignore[assignment]
         if kind == "W":
-            found = next((pair for pair in waiting if stage in (None, pair[0])), None)
+            found = next((action for action in waiting if move == "W" or action.stage == stages[move[1]]), None)
             if found is not None:
                 waiting.remove(found)
-                actions.append(Action(found[0], "W", found[1]))
+                actions.append(Action(found.stage, "W", found.microbatch))
             continue
-        assert stage is not None
-        microbatch = counts.get((stage, kind == "F"), 0)
-        counts[stage, kind == "F"] = microbatch + 1
-        actions.append(Action(stage, kind, microbatch))
+        key = (stages[move[1]], kind == "F")
+        actions.append(Action(key[0], kind, counts[key]))
+        counts[key] += 1
         if kind == "I":
-            waiting.append((stage, microbatch))
+            waiting.append(actions[-1])
     return actions
 
 
-def _zbv(rank: int, ranks: int, microbatches: int) -> list[Move]:
+def _zbv(rank: int, ranks: int, microbatches: int) -> list[str]:
     """For at least 2 * ranks - 1 microbatches. Source: arXiv:2401.10241 section 6."""
-    down, up = rank, 2 * ranks - 1 - rank
-    fd, id_, wd, fu, iu, wu = ((stage, kind) for stage in (down, up) for kind in "FIW")
     after = ranks - 1 - rank
     return [
-        *([fd] * (2 * after + 1) + [fu, fd] * rank + [fu, iu, wu] * (after + 1)),
-        *([fd, id_, wd, fu, iu, wu] * (microbatches - ranks - after) + [id_, wd, fu, iu, wu] * after),
-        *([id_, iu] * rank + [id_, wd] * (after + 1) + [wu] * rank + [wd] * rank),
-    ]  # type: ignore[list-item]
+        *(["Fd"] * (2 * after + 1) + ["Fu", "Fd"] * rank + ["Fu", "Iu", "Wu"] * (after + 1)),
+        *(["Fd", "Id", "Wd", "Fu", "Iu", "Wu"] * (microbatches - ranks - after) + ["Id", "Wd", "Fu", "Iu", "Wu"] * after),
+        *(["Id", "Iu"] * rank + ["Id", "Wd"] * (after + 1) + ["Wu"] * rank + ["Wd"] * rank),
+    ]
 
 
-def _dualpipev(rank: int, ranks: int, microbatches: int) -> list[Move]:
+def _dualpipev(rank: int, ranks: int, microbatches: int) -> list[str]:
     """For at least 2 * ranks microbatches; a forward and a backward that torch may run at once follow each other here.
 
     Source: DualPipe, arXiv:2412.19437, and its code for one copy of the weights.
     """
-    down, up = rank, 2 * ranks - 1 - rank
-    fd, bd, id_, fu, bu, iu = ((stage, kind) for stage in (down, up) for kind in "FBI")
-    w: Move = (None, "W")
     after = ranks - 1 - rank
-    whole, odd = divmod(rank + 1, 2)  # of the last rank + 1 pairs of backwards half run whole; of an odd pair the first one does
-    last = [bu, bd] * whole + [bu, id_] * odd + [iu, id_] * whole
+    whole, odd = divmod(rank + 1, 2)  # of the last rank + 1 pairs of backwards half run whole; of the pair in the middle, one does
     return [
-        *([fd] * (2 * after) + [fd, fu] * (rank + 1) + [iu, w, fu] * after),
-        *([fd, bu, fu, bd] * (microbatches - ranks - after) + [bu, fu, bd] * after),
-        *(last + [w, id_] * after + [w] * (rank + 1)),
-    ]  # type: ignore[list-item]
+        *(["Fd"] * (2 * after) + ["Fd", "Fu"] * (rank + 1) + ["Iu", "W", "Fu"] * after),
+        *(["Fd", "Bu", "Fu", "Bd"] * (microbatches - ranks - after) + ["Bu", "Fu", "Bd"] * after),
+        *(["Bu", "Bd"] * whole + ["Bu", "Id"] * odd + ["Iu", "Id"] * whole + ["W", "Id"] * after + ["W"] * (rank + 1)),
+    ]
