@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -139,8 +138,8 @@ def simulate(
     if len(costs) != len(stage_ranks):
         raise PlanError(f"there are costs of {len(costs)} stages and ranks of {len(stage_ranks)}: give both for every stage")
     order = _order_of(_Same(schedule), tuple(stage_ranks))
-    seconds = _seconds_by_slot(costs, overhead_s)
-    lags = _lags(costs, stage_ranks, latency_s)
+    seconds = seconds_by_slot(costs, overhead_s)
+    lags = lags_of(costs, stage_ranks, latency_s)
     free = [0.0] * len(schedule)
     starts: list[float] = []
     ends = [0.0]  # of the step's start, and then of each action
@@ -163,7 +162,7 @@ def simulate(
     )
 
 
-def _seconds_by_slot(costs: Sequence[StageCosts], overhead_s: float) -> list[float]:
+def seconds_by_slot(costs: Sequence[StageCosts], overhead_s: float) -> list[float]:
     """Of every stage, in the order of KINDS."""
     found: list[float] = []
     for stage, cost in enumerate(costs):
@@ -173,7 +172,7 @@ def _seconds_by_slot(costs: Sequence[StageCosts], overhead_s: float) -> list[flo
     return found
 
 
-def _lags(costs: Sequence[StageCosts], stage_ranks: Sequence[int], latency_s: float) -> list[float]:
+def lags_of(costs: Sequence[StageCosts], stage_ranks: Sequence[int], latency_s: float) -> list[float]:
     """Seconds from the end of an action to its arrival: [0.0, then of every stage what it sends on, what it sends back]."""
     lags = [0.0]
     for stage, cost in enumerate(costs):
@@ -191,7 +190,7 @@ class _Order:
     """What a schedule says whatever its stages cost.
 
     steps: actions in an order in which each comes after all it waits for: rank, which end it waits for (0: the step's start), how
-    long that takes to arrive (an index of `_lags`), its own seconds (an index of `_seconds_by_slot`). slots: by rank,
+    long that takes to arrive (an index of `lags_of`), its own seconds (an index of `seconds_by_slot`). slots: by rank,
     how often each index of seconds occurs. in_flight: by rank, its stages, and how many microbatches of each it keeps at every
     action, [actions + 1, stages].
     """
@@ -226,7 +225,8 @@ def _order_of(same: _Same, stage_ranks: tuple[int, ...]) -> _Order:
     while left:
         before = left
         for rank, labels in enumerate(lists):
-            for label in islice(labels, position[rank], None):
+            while position[rank] < len(labels):
+                label = labels[position[rank]]
                 _, stage, kind, microbatch = label
                 key = (stage, microbatch)
                 need: int | None = 0
