@@ -142,7 +142,7 @@ def _ranks_of_name(name: AnyName, stages: int, ranks: int, splits_backward: bool
         return tuple(stage % ranks for stage in range(stages))
     if stages % ranks:
         raise PlanError(f"{name} runs the same number of stages on every rank: cut a multiple of {ranks} stages, not {stages}")
-    return ranks_of_stages("zbv" if name == "list_v" else name, ranks, stages // ranks)  # type: ignore[arg-type]
+    return ranks_of_stages("zbv" if name == "list_v" else name, ranks, stages // ranks)
 
 
 def _limits(given: float | Sequence[float] | None, ranks: int) -> list[float]:
