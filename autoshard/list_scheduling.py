@@ -10,8 +10,9 @@ rank idles while it could work. Microbatches are alike, so a stage takes them in
 read from its end is a step too, with forward and backward exchanged, so each rule also builds one backwards in time (`_mirrored`).
 Of all these `list_schedule` takes the fastest: a heuristic, which the tests compare with the optimum of small cases.
 
-The limit never deadlocks: a forward runs only if what is left then suffices for the rest of the oldest microbatch that the rank has
-not finished. The oldest microbatch of all is the oldest on every rank that still works on it, so it always gets on.
+The limit never deadlocks, by the banker's rule (Dijkstra, EWD 623): a forward runs only if the rank could afterwards finish what it has
+begun, one microbatch after the other, the oldest first. The oldest microbatch of all is the oldest on every rank that still works on
+it, so it always gets on.
 """
 
 from __future__ import annotations
@@ -269,14 +270,18 @@ class _Run:
                 return nobody_waits, -stage, kind == "F"
 
     def _fits(self, stage: _Stage) -> bool:
-        """Whether the stage's next forward leaves room for the rest of the oldest microbatch that its rank has not finished."""
-        limit = self.limits[stage.rank]
-        oldest = min(other.freed for other in self.own[stage.rank])
+        """Whether, the stage's next forward run, its rank could still finish its microbatches, the oldest first, within the limit."""
+        own, limit = self.own[stage.rank], self.limits[stage.rank]
+        oldest = min(other.freed for other in own)
         if limit == math.inf or stage.done["F"] == oldest:
             return True
-        held = sum(other.weight * (other.done["F"] - other.freed) for other in self.own[stage.rank])
-        rest = sum(other.weight for other in self.own[stage.rank] if other.done["F"] <= oldest)
-        return held + stage.weight + rest <= limit * (1 + SLACK)
+        spans = [(other.weight, other.freed, other.done["F"] + (other is stage)) for other in own]
+        held = sum(weight * (forwards - freed) for weight, freed, forwards in spans)
+        for microbatch in range(oldest, max(forwards for _, _, forwards in spans)):
+            if held + sum(weight for weight, _, forwards in spans if forwards <= microbatch) > limit * (1 + SLACK):
+                return False
+            held -= sum(weight for weight, freed, forwards in spans if freed <= microbatch < forwards)
+        return True
 
     def _run(self, stage: _Stage, kind: Kind, start: float) -> list[int]:
         """Do it, and say on which ranks something arrives."""
