@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -75,8 +74,8 @@ class PipelineEvent:
 class PipelineTimeline:
     """One predicted step of a pipeline.
 
-    busy_s: by rank, seconds of its actions, `once` and `after` among them. in_flight: by rank, the most stages' activations of a
-    microbatch that it keeps at one time, from F up to the end of B or W; peak_bytes: by rank, the most that they weigh.
+    busy_s: by rank, seconds of its actions, `once` and `after` among them. in_flight: by rank, for how many microbatches and
+    stages it keeps activations at one time at most, each from its F up to the end of its B or W; peak_bytes: what they take at most.
     """
 
     total_s: float
@@ -226,7 +225,8 @@ def _order_of(same: _Same, stage_ranks: tuple[int, ...]) -> _Order:
     while left:
         before = left
         for rank, labels in enumerate(lists):
-            for label in islice(labels, position[rank], None):
+            while position[rank] < len(labels):
+                label = labels[position[rank]]
                 _, stage, kind, microbatch = label
                 key = (stage, microbatch)
                 need: int | None = 0
@@ -274,12 +274,15 @@ def _with_once_and_after(rank: int, actions: Sequence[Action], stage_ranks: Sequ
 
 
 def _kept_rows(actions: Sequence[Action]) -> tuple[list[int], np.ndarray]:
+    """The stages of a rank, and of each how many microbatches it keeps at every action; forwards alone keep nothing for later."""
     stages = sorted({action.stage for action in actions})
+    is_training = any(action.kind != "F" for action in actions)
     column = {stage: number for number, stage in enumerate(stages)}
     changes = np.zeros((len(actions) + 1, len(stages)), dtype=np.int64)
     for number, action in enumerate(actions):
         if action.kind == "F":
             changes[number, column[action.stage]] += 1
+            changes[number + 1, column[action.stage]] -= not is_training
         elif action.kind != "I":
             changes[number + 1, column[action.stage]] -= 1
     return stages, np.cumsum(changes, axis=0)

@@ -209,7 +209,7 @@ def _check_order(schedule: Schedule, stages: int) -> None:
     if waits_for:
         stuck = ((rank, next((action for action in actions if action in waits_for), None)) for rank, actions in enumerate(schedule))
         told = [f"rank {rank} at {action} for {_names(set(_needs(action, stages)) & set(waits_for))}" for rank, action in stuck if action]
-        raise PlanError(f"the schedule deadlocks: {', '.join(told)} each wait for ever. Move what is waited for ahead of what waits")
+        raise PlanError(f"the schedule deadlocks: {', '.join(told)}: each waits for another. Move what is waited for forward")
 
 
 def _needs(action: Action, stages: int) -> list[Action]:
