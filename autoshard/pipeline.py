@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from autoshard.mesh import MeshSpec
+from autoshard.pipeline_timeline import StageCosts
 from autoshard.schedules import Schedule
 
 # How the values of a result that the microbatches have make the whole: their sum, their mean, any of them, or joined along a dim.
@@ -22,7 +23,7 @@ class Pipelining:
     """What is asked of a pipeline; what is None is chosen by predicted step time.
 
     microbatches: how many parts the batch is cut into; must divide it. schedule: a name of autoshard.schedules. stages_per_rank: for
-    schedules of several stages on a rank. starts: modules, by path, that each begin a stage ("model.layers.10"). batch: the batch dim
+    schedules of several stages on a rank. starts: modules, by path, that each begin a stage ("model.layers.10"). together: modules that no cut may part. batch: the batch dim
     of an argument by name, or None for one that every microbatch gets whole; by default dim 0 of every tensor as long as the first.
     """
 
@@ -30,6 +31,7 @@ class Pipelining:
     schedule: str | None = None
     stages_per_rank: int | None = None
     starts: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
     batch: Mapping[str, int | None] = field(default_factory=dict)
 
 
@@ -39,7 +41,8 @@ class Pipeline:
 
     mesh: with the axis `pp`. inputs: of a placeholder by its name the argument that it is, and the dim along which microbatches
     cut it (None: it is given whole). rows: placeholders that get the numbers of a microbatch's rows, among how many. results: per
-    result how the microbatches' are joined. stage_ranks: the rank on `pp` of every stage. schedule: per rank on `pp` what it runs, in order. loss: the number of the result that backward starts from.
+    result how the microbatches' are joined. stage_ranks: the rank on `pp` of every stage. schedule: per rank on `pp` what it runs, in order. costs: of every stage, by prediction; latency_s: of
+    a message between stages. loss: the number of the result that backward starts from.
     """
 
     mesh: MeshSpec
@@ -51,3 +54,5 @@ class Pipeline:
     name: str = ""
     stage_ranks: tuple[int, ...] = ()
     schedule: Schedule = ()
+    costs: tuple[StageCosts, ...] = ()
+    latency_s: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,9 @@ from autoshard.ops.row import Call, TensorInfo
 from autoshard.pipeline import Pipeline
 from autoshard.placements import I, Layout, R
 from autoshard.symbolic import Size, Symbol, at, sizes_in
+
+if TYPE_CHECKING:
+    from autoshard.autograd_saves import Kept
 
 # A received value is what the pipeline stage before passes on.
 Role = Literal[
@@ -137,6 +140,7 @@ class Program:
     names of those that ran. constants: values of tensors that the
     model made outside its parameters and buffers. symbols: sizes that may change from call to call (autoshard.symbolic).
     source: the text of the emitted program. pipeline: how microbatches go through stages, whose programs are `stages`.
+    kept: of a program of microbatches what autograd keeps of its ops, found before sharding.
     """
 
     graph: fx.Graph
@@ -158,6 +162,7 @@ class Program:
     source: str = ""
     pipeline: Pipeline | None = None
     stages: tuple[Program, ...] = ()
+    kept: Kept | None = None
 
     def nodes(self, *roles: Role) -> Iterator[fx.Node]:
         """Nodes with one of `roles` (all without any), in order."""

@@ -1,76 +1,249 @@
 """cut_stages: say for every op of a program of microbatches in which pipeline stage it stands, and make a program of each stage.
 
-The chain that is cut is the program in order: each op that depends on a microbatch and on weights is a place, with its seconds
-forward and backward in the layouts that were chosen, what autograd keeps of it, and over each cut the bytes of what later places
-read. Weights are held, gathered and stepped in every stage that reads them; what arguments alone make is computed where it is read.
-autoshard.cutting finds the cut of least predicted step time under each schedule; the best of these is taken.
+The chain that is cut is the program in order (autoshard.stage_chain), with the seconds of every op forward and backward in the layouts
+that were chosen, what autograd keeps of it, and the bytes that go over each cut. Weights are held, gathered and stepped in every stage
+that reads them; what arguments alone make is computed where it is read. autoshard.cutting finds the cut of least predicted step time
+under each schedule, and lists of actions are made for the stages that were found; the best of all is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from autoshard.errors import PlanError
+from torch import fx
+
+from autoshard.collectives import axis_links
+from autoshard.costs import CostModel
+from autoshard.cutting import Cut, Link, cut, evaluate_cut
+from autoshard.errors import AutoshardError, BudgetError, ConstraintError, PlanError
 from autoshard.hardware import Hardware
+from autoshard.list_scheduling import list_schedule
 from autoshard.mesh import PIPELINE_AXIS
-from autoshard.pipeline import Pipelining
+from autoshard.pipeline import Pipeline, Pipelining
+from autoshard.pipeline_timeline import simulate
 from autoshard.program import Program, facts
-from autoshard.schedules import make_schedule, stage_ranks
+from autoshard.schedules import NAMES, SPLITS_BACKWARD, Schedule, make_schedule, stage_ranks
+from autoshard.stage_chain import PlacedChain, chain_of
 from autoshard.stages import kinds_of, readers, stage_programs
+from autoshard.text import human_seconds
+
+LISTED = "list"
+_TRIED = (("1f1b", 1), (LISTED, 1), ("interleaved_1f1b", 2), (LISTED, 2))
 
 
 @dataclass(frozen=True)
 class CutStages:
     """Cut into the stages of axis `pp`; programs without one are left as they are. fixed: by parameter the stages that hold it already.
 
-    Raises PlanError, BudgetError.
+    memory_budget_bytes: upper bound per rank on parameters, gradients, optimizer state and what is kept of microbatches in flight.
+    Raises PlanError, ConstraintError, BudgetError.
     """
 
     hardware: Hardware
     asked: Pipelining = field(default_factory=Pipelining)
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stage_ranks: tuple[int, ...] = ()
     memory_budget_bytes: float | None = None
 
     def __call__(self, program: Program) -> Program:
-        if program.pipeline is None:
+        pipeline = program.pipeline
+        if pipeline is None:
             return program
-        ranks = program.pipeline.mesh.shape[program.pipeline.mesh.index(PIPELINE_AXIS)]
-        name = self.asked.schedule or "1f1b"
-        lies = stage_ranks(name, ranks, self.asked.stages_per_rank or 1)
-        kinds = kinds_of(program)
-        places = [node for node in program.nodes() if kinds[node] == "place" and facts(node).role != "output"]
+        placed = chain_of(program, CostModel(program.mesh, self.hardware))
+        axis = pipeline.mesh.index(PIPELINE_AXIS)
+        links = axis_links(self.hardware, pipeline.mesh.shape, axis)
+        link = Link(links.hop_latency_s, links.hop_bytes_per_s)
         if self.fixed:
-            _follow(program, self.fixed, len(lies))
+            found = self._as_before(program, placed, link)
         else:
-            for k, node in enumerate(places):
-                facts(node).stage = k * len(lies) // len(places)
-        for node in places:
-            if facts(node).role == "projection":
-                facts(node).stage = facts(node.args[0]).stage
-        order = make_schedule(name, ranks, program.pipeline.microbatches, self.asked.stages_per_rank or 1)
-        program.pipeline = replace(program.pipeline, name=name, stage_ranks=lies, schedule=order)
+            found = self._best(program, placed, link)
+        name, schedule, lies, result = found
+        placed.write(result.starts)
+        facts(program.output).stage = len(lies) - 1
+        program.pipeline = replace(
+            pipeline, name=name, stage_ranks=lies, schedule=schedule, costs=result.costs, latency_s=link.latency_s
+        )
+        program.stats |= {"pipeline_s": result.total_s, "pipeline_bound_s": result.bound_s, "stage_balance": result.balance}
         program.stages = stage_programs(program)
+        if not self.fixed:
+            _compare(program, placed, link, result)
         return program
 
+    def _best(self, program: Program, placed: PlacedChain, link: Link) -> tuple[str, Schedule, tuple[int, ...], Cut]:
+        """The name, schedule, ranks of stages and cut of least predicted time."""
+        assert program.pipeline is not None
+        starts, together = self._constraints(placed)
+        best: tuple[str, Schedule, tuple[int, ...], Cut] | None = None
+        errors: list[AutoshardError] = []
+        for name, per_rank in self._tried(program.pipeline):
+            try:
+                found = self._cut(program.pipeline, placed, link, name, per_rank, starts, together)
+            except (PlanError, ConstraintError, BudgetError) as error:
+                errors.append(error)
+                continue
+            if best is None or found[3].total_s < best[3].total_s * (1 - 1e-9):
+                best = found
+        if best is None:
+            raise next((error for error in errors if isinstance(error, BudgetError)), errors[0])
+        return best
 
-def _follow(program: Program, fixed: Mapping[str, tuple[int, ...]], stages: int) -> None:
-    """Stages in which every place finds its weights where they lie already. Raises PlanError where there are none."""
+    def _tried(self, pipeline: Pipeline) -> Iterator[tuple[str, int]]:
+        name, per_rank = self.asked.schedule, self.asked.stages_per_rank
+        if name is not None and name not in (*NAMES, LISTED):
+            raise PlanError(f"there is no schedule {name!r}; there are {', '.join((*NAMES, LISTED))}")
+        if pipeline.loss is None:
+            yield "gpipe", per_rank or 1  # forward alone: the order of backward is not asked for
+        elif name is not None:
+            yield name, per_rank or (1 if name in ("gpipe", "1f1b", LISTED) else 2)
+        else:
+            yield from ((n, k) for n, k in _TRIED if per_rank in (None, k))
+
+    def _cut(
+        self,
+        pipeline: Pipeline,
+        placed: PlacedChain,
+        link: Link,
+        name: str,
+        per_rank: int,
+        starts: list[int],
+        together: list[list[int]],
+    ) -> tuple[str, Schedule, tuple[int, ...], Cut]:
+        ranks, count = pipeline.mesh.stages, pipeline.microbatches
+        plain = name if name != LISTED else ("1f1b" if per_rank == 1 else "interleaved_1f1b")
+        lies = stage_ranks(plain, ranks, per_rank)  # type: ignore[arg-type]
+        schedule = make_schedule(plain, ranks, count, per_rank)  # type: ignore[arg-type]
+        found = cut(placed.chain, schedule, lies, link, self.memory_budget_bytes, starts, together)
+        if name == LISTED:
+            room = None if self.memory_budget_bytes is None else self.memory_budget_bytes
+            limit = None if room is None else [room - w for w in _resident(placed, found, lies, ranks)]
+            schedule = list_schedule(found.costs, lies, count, None, False, limit, link.latency_s)
+            again = simulate(schedule, found.costs, lies, link.latency_s)
+            found = replace(found, total_s=again.total_s, bound_s=min(found.bound_s, again.total_s))
+        return name, schedule, lies, found
+
+    def _constraints(self, placed: PlacedChain) -> tuple[list[int], list[list[int]]]:
+        starts = []
+        for module in self.asked.starts:
+            place = placed.starts_of(module)
+            if place < 0:
+                raise ConstraintError(f"starts names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}")
+            starts.append(place)
+        together = []
+        for module in self.asked.together:
+            places = placed.of(module)
+            if not places:
+                raise ConstraintError(f"together names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}")
+            together.append(list(range(places[0], places[-1] + 1)))
+        return starts, together
+
+    def _as_before(self, program: Program, placed: PlacedChain, link: Link) -> tuple[str, Schedule, tuple[int, ...], Cut]:
+        """The cut in which every place finds its weights where they lie already."""
+        assert program.pipeline is not None
+        lies = self.stage_ranks
+        starts = _following(program, placed, self.fixed, len(lies))
+        ranks, name = program.pipeline.mesh.stages, self.asked.schedule
+        per_rank = len(lies) // ranks
+        plain = name if name is not None and name != LISTED else ("1f1b" if per_rank == 1 else "interleaved_1f1b")
+        if stage_ranks(plain, ranks, per_rank) != lies:  # type: ignore[arg-type]
+            plain = "zbv"
+        schedule = make_schedule(plain, ranks, program.pipeline.microbatches, per_rank)  # type: ignore[arg-type]
+        return plain, schedule, lies, evaluate_cut(placed.chain, starts, schedule, lies, link)
+
+
+def _examples(placed: PlacedChain) -> str:
+    return ", ".join(list(dict.fromkeys(facts(node).source.module for node in placed.places if facts(node).source.module))[:6])
+
+
+def _resident(placed: PlacedChain, found: Cut, lies: tuple[int, ...], ranks: int) -> list[float]:
+    """Bytes of weights by rank."""
+    bounds = [*found.starts, len(placed.places)]
+    held = [0.0] * ranks
+    for stage, rank in enumerate(lies):
+        places = range(bounds[stage], bounds[stage + 1])
+        held[rank] += sum(w.bytes for w in placed.chain.weights if any(p in places for p in w.places))
+    return held
+
+
+def _following(program: Program, placed: PlacedChain, fixed: Mapping[str, tuple[int, ...]], stages: int) -> list[int]:
+    """First places of stages that hold the weights which their places read. Raises PlanError where there are none."""
     kinds = kinds_of(program)
     wanted: dict[fx.Node, set[int]] = {}
     for name, node in program.parameters().items():
         for place in readers(node, kinds):
             wanted[place] = wanted.get(place, set(range(stages))) & set(fixed.get(name, range(stages)))
-    stage = 0
-    for node in program.nodes():
-        if kinds[node] != "place" or facts(node).role == "output":
-            continue
+    starts = [0]
+    for k, node in enumerate(placed.places):
+        stage = len(starts) - 1
         later = [number for number in wanted.get(node, {stage}) if number >= stage]
         if not later:
             raise PlanError(
                 f"{node.name} ({facts(node).source}) reads weights of an earlier pipeline stage than what it needs: this call runs the "
                 "model in another order than the first one did"
             )
-        stage = min(later)
-        facts(node).stage = stage
-    facts(program.output).stage = stages - 1
+        starts += [k] * (min(later) - stage)
+    return [*starts, *[len(placed.places)] * (stages - len(starts))]
+
+
+# ------------------------------------------------------------------------------------------------------------- to compare
+
+
+def _compare(program: Program, placed: PlacedChain, link: Link, found: Cut) -> None:
+    """What the usual cuts would take: as many layers in each stage, and as many bytes of parameters."""
+    pipeline = program.pipeline
+    assert pipeline is not None
+    stages = len(pipeline.stage_ranks)
+    for name, starts in (("even_layers_s", even_layers(placed, stages)), ("even_parameters_s", even_parameters(placed, stages))):
+        if starts is not None:
+            program.stats[name] = evaluate_cut(placed.chain, starts, pipeline.schedule, pipeline.stage_ranks, link).total_s
+    if found.total_s > found.bound_s * (1 + 1e-9):
+        program.note(
+            f"the predicted step of these pipeline stages is {human_seconds(found.total_s)}; no cut takes less than {human_seconds(found.bound_s)}"
+        )
+
+
+def even_layers(placed: PlacedChain, stages: int) -> list[int] | None:
+    """First places of stages of as many layers each: what lies before the first layer stands in the first stage, the rest in the last."""
+    layers = [_layer(node) for node in placed.places]
+    first: dict[str, int] = {}
+    for k, layer in enumerate(layers):
+        if layer:
+            first.setdefault(layer, k)
+    begins = sorted(first.values())
+    if len(begins) < stages:
+        return None
+    return _allowed(placed, [0, *(begins[stage * len(begins) // stages] for stage in range(1, stages))])
+
+
+def _layer(node: fx.Node) -> str:
+    parts = facts(node).source.module.split(".")
+    numbered = next((k for k, part in enumerate(parts) if part.isdigit()), None)
+    return "" if numbered is None else ".".join(parts[: numbered + 1])
+
+
+def even_parameters(placed: PlacedChain, stages: int) -> list[int] | None:
+    """First places of stages with as many bytes of weights each, counted where they are read first."""
+    held = [0.0] * (len(placed.places) + 1)
+    for weight in placed.chain.weights:
+        if weight.places:
+            held[min(weight.places) + 1] += weight.bytes
+    total, starts, before = sum(held), [0], 0.0
+    for k, more in enumerate(held):
+        before += more
+        if len(starts) < stages and k > starts[-1] and before >= total * len(starts) / stages:
+            starts.append(k)
+    found = _allowed(placed, starts) if len(starts) == stages and starts[-1] < len(placed.places) else None
+    return found
+
+
+def _allowed(placed: PlacedChain, starts: list[int]) -> list[int] | None:
+    """The nearest places after `starts` where a cut may lie; None where two would meet."""
+    may, found = placed.chain.is_cut_allowed, list[int]()
+    for start in starts:
+        while may is not None and start < len(placed.places) and not may[start]:
+            start += 1
+        found.append(start)
+    return found if len(set(found)) == len(found) and found[-1] < len(placed.places) else None
+
+
+__all__ = ["LISTED", "SPLITS_BACKWARD", "CutStages", "even_layers", "even_parameters"]
