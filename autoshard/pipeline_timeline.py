@@ -82,7 +82,7 @@ class PipelineTimeline:
     busy_s: tuple[float, ...]
     in_flight: tuple[int, ...]
     peak_bytes: tuple[float, ...]
-    _order: _Order
+    _order: Order
     _starts: tuple[float, ...]
     _ends: tuple[float, ...]
 
@@ -137,7 +137,7 @@ def simulate(
     """
     if len(costs) != len(stage_ranks):
         raise PlanError(f"there are costs of {len(costs)} stages and ranks of {len(stage_ranks)}: give both for every stage")
-    order = _order_of(_Same(schedule), tuple(stage_ranks))
+    order = order_of(schedule, stage_ranks)
     seconds = seconds_by_slot(costs, overhead_s)
     lags = lags_of(costs, stage_ranks, latency_s)
     free = [0.0] * len(schedule)
@@ -186,7 +186,7 @@ def lags_of(costs: Sequence[StageCosts], stage_ranks: Sequence[int], latency_s: 
 
 
 @dataclass(frozen=True, eq=False)
-class _Order:
+class Order:
     """What a schedule says whatever its stages cost.
 
     steps: actions in an order in which each comes after all it waits for: rank, which end it waits for (0: the step's start), how
@@ -199,6 +199,11 @@ class _Order:
     labels: list[Label]
     slots: list[Counter[int]]
     in_flight: list[tuple[list[int], np.ndarray]]
+
+
+def order_of(schedule: Schedule, stage_ranks: Sequence[int]) -> Order:
+    """The order of a schedule's actions, found once for each schedule. Raises PlanError where it deadlocks."""
+    return _order_of(_Same(schedule), tuple(stage_ranks))
 
 
 class _Same:
@@ -215,10 +220,10 @@ class _Same:
 
 
 @lru_cache(maxsize=64)
-def _order_of(same: _Same, stage_ranks: tuple[int, ...]) -> _Order:
+def _order_of(same: _Same, stage_ranks: tuple[int, ...]) -> Order:
     schedule, last = same.schedule, len(stage_ranks) - 1
     lists = [_with_once_and_after(rank, actions, stage_ranks) for rank, actions in enumerate(schedule)]
-    order = _Order([], [], [Counter(_slot(label) for label in labels) for labels in lists], [_kept_rows(actions) for actions in schedule])
+    order = Order([], [], [Counter(_slot(label) for label in labels) for labels in lists], [_kept_rows(actions) for actions in schedule])
     forward: dict[tuple[int, int], int] = {}  # (stage, microbatch): which end that is
     backward: dict[tuple[int, int], int] = {}
     position, left = [0] * len(lists), sum(map(len, lists))
