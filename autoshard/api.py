@@ -123,7 +123,16 @@ def compile(
     """
     check_call(model, example_inputs)
     settings = _settings(
-        getattr(mesh, "device_type", "cpu"), template, constraints, hardware, memory_budget_bytes, options, inputs, outputs, dynamic, pipeline
+        getattr(mesh, "device_type", "cpu"),
+        template,
+        constraints,
+        hardware,
+        memory_budget_bytes,
+        options,
+        inputs,
+        outputs,
+        dynamic,
+        pipeline,
     )
     if not isinstance(mesh, DeviceMesh):
         raise InputError(

@@ -287,7 +287,7 @@ class ShardedModule(nn.Module):
             )
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
         if plan.program.pipeline is not None:
-            state.stages = parameters_of(plan.program)
+            state.stages, state.stage_ranks = parameters_of(plan.program), plan.program.pipeline.stage_ranks
             self._drop_other_stages(plan)
 
     def _drop_other_stages(self, plan: Plan) -> None:
@@ -305,7 +305,9 @@ class ShardedModule(nn.Module):
                 continue
             tensor: Any = owner[leaf]
             if isinstance(tensor, nn.Parameter):
-                empty = DTensor.from_local(torch.empty(0, device=state.device), state.mesh, [Replicate()] * state.spec.ndim, run_check=False)
+                empty = DTensor.from_local(
+                    torch.empty(0, device=state.device), state.mesh, [Replicate()] * state.spec.ndim, run_check=False
+                )
                 torch.utils.swap_tensors(tensor, nn.Parameter(empty, requires_grad=tensor.requires_grad))
             state.absent[name], owner[leaf] = tensor, None
             state.slots[name] = state.absent, name
@@ -386,6 +388,7 @@ class ShardedModule(nn.Module):
             fixed_parameters=state.layouts or {},
             dynamic=marks,
             fixed_stages=state.stages or {},
+            stage_ranks=state.stage_ranks,
         )
         return make_plan(request)
 
@@ -475,6 +478,7 @@ class _State:
     plan: Plan | None = None
     layouts: dict[str, Layout] | None = None
     stages: dict[str, tuple[int, ...]] | None = None  # by parameter, where there are pipeline stages
+    stage_ranks: tuple[int, ...] = ()
     absent: dict[str, Any] = field(default_factory=dict)  # emptied parameters and buffers of other stages
     aliases: dict[str, str] = field(default_factory=dict)
     members: tuple[nn.Module, ...] = ()

@@ -22,9 +22,10 @@ Joined = Literal["sum", "mean", "same"] | int
 class Pipelining:
     """What is asked of a pipeline; what is None is chosen by predicted step time.
 
-    microbatches: how many parts the batch is cut into; must divide it. schedule: a name of autoshard.schedules. stages_per_rank: for
-    schedules of several stages on a rank. starts: modules, by path, that each begin a stage ("model.layers.10"). together: modules that no cut may part. batch: the batch dim
-    of an argument by name, or None for one that every microbatch gets whole; by default dim 0 of every tensor as long as the first.
+    microbatches: how many parts the batch is cut into; must divide it. schedule: a name of autoshard.schedules, or "list" for a list of
+    actions made for the costs of the stages. stages_per_rank: for schedules of several stages on a rank. starts: modules, by path,
+    that each begin a stage ("model.layers.10"). together: modules that no cut may part. batch: the batch dim of an argument by name,
+    or None for one that every microbatch gets whole; by default dim 0 of every tensor of the most common length.
     """
 
     microbatches: int | None = None
@@ -41,8 +42,9 @@ class Pipeline:
 
     mesh: with the axis `pp`. inputs: of a placeholder by its name the argument that it is, and the dim along which microbatches
     cut it (None: it is given whole). rows: placeholders that get the numbers of a microbatch's rows, among how many. results: per
-    result how the microbatches' are joined. stage_ranks: the rank on `pp` of every stage. schedule: per rank on `pp` what it runs, in order. costs: of every stage, by prediction; latency_s: of
-    a message between stages. loss: the number of the result that backward starts from.
+    result how the microbatches' are joined. stage_ranks: the rank on `pp` of every stage. schedule: per rank on `pp` what it
+    runs, in order. costs: of every stage, by prediction; latency_s: of a message between stages. loss: the number of the result that
+    backward starts from.
     """
 
     mesh: MeshSpec

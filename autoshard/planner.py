@@ -81,7 +81,8 @@ def check_batch(args: Any, mesh: MeshSpec, template: str, inputs: str) -> None:
 class Request:
     """What to plan. entry_layouts: how each tensor argument is given; fixed_parameters: where parameters already lie.
 
-    dynamic: dims of the arguments whose sizes may change from call to call. fixed_stages: by parameter the stages that already hold it.
+    dynamic: dims of the arguments whose sizes may change from call to call. fixed_stages: by parameter the stages that already
+    hold it; stage_ranks: where these lie.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class Request:
     fixed_parameters: Mapping[str, Layout] = field(default_factory=dict)
     dynamic: Marks = ()
     fixed_stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stage_ranks: tuple[int, ...] = ()
 
 
 def passes_for(request: Request) -> tuple[Pass, ...]:
@@ -125,7 +127,7 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
         ),
         InsertCollectives(asked.hardware, is_whole),
         LocalizeShapes(),
-        CutStages(asked.hardware, asked.pipeline, request.fixed_stages, asked.memory_budget_bytes),
+        CutStages(asked.hardware, asked.pipeline, request.fixed_stages, request.stage_ranks, asked.memory_budget_bytes),
         OverlapCollectives(asked.hardware, asked.overlap),
         EmitPrograms(type(request.model).__name__),
     )

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from autoshard.autograd_saves import Kept
 
 # A received value is what the pipeline stage before passes on.
-Role = Literal[
-    "parameter", "buffer", "input", "received", "op", "start", "conversion", "mask", "tie", "projection", "update", "output"
-]
+Role = Literal["parameter", "buffer", "input", "received", "op", "start", "conversion", "mask", "tie", "projection", "update", "output"]
 # A branch of torch.cond that a node stands in: the number of the cond and which of its two branches, for conds inside each
 # other the outermost first; empty outside of all.
 Branch = tuple[tuple[int, bool], ...]

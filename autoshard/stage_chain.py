@@ -1,12 +1,13 @@
 """The chain that stages are cut from, with the costs of a typed program of one microbatch in the layouts that were chosen.
 
-    place     one op, conversion or mask that depends on a microbatch and on weights; what an op returns several of stays with it
-    weight    a parameter, with what is computed of it once per step: its conversions and casts, forward and backward
-    copy      a value that arguments alone make
+place     one op, conversion or mask that depends on a microbatch and on weights; what an op returns several of stays with it
+weight    a parameter, with what is computed of it once per step: its conversions and casts, forward and backward
+copy      a value that arguments alone make
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,10 +39,10 @@ class PlacedChain:
 
     def write(self, starts: Iterable[int]) -> None:
         """Say in which stage every place stands."""
-        first = set(starts)
+        first = Counter(starts)  # stages without a place start where the next one does
         stage = -1
         for k, node in enumerate(self.places):
-            stage += k in first
+            stage += first[k]
             facts(node).stage = stage
 
 
@@ -156,14 +157,14 @@ def _kept(program: Program, costs: CostModel, number: dict[fx.Node, int]) -> np.
         if saves is None:
             continue
         held = [operand for operand, flag in zip(tensor_operands(node), saves.operands, strict=True) if flag]
-        memories = [(operand, k) if facts(operand).role == "conversion" else (kept.base.get(producer(operand), (operand, 0))[0], k) for operand in held]
-        memories += [(node, k)] * any(saves.outputs)
-        for memory, at in memories:
+        memories = [o if facts(o).role == "conversion" else kept.base.get(producer(o), (o, 0))[0] for o in held]
+        memories += [node] * any(saves.outputs)
+        for memory in memories:
             if memory in seen or facts(memory).role in ("parameter", "buffer", "input") or facts(memory).is_constant:
                 continue
             seen.add(memory)
             values = zip(facts(memory).values, facts(memory).layouts, strict=True)
-            found[number.get(memory, at)] += sum(costs.local_bytes(value, layout) for value, layout in values)
+            found[number.get(memory, k)] += sum(costs.local_bytes(value, layout) for value, layout in values)
         if saves.extra_bytes:
             value, layout = facts(node).value, facts(node).layout
             found[k] += saves.extra_bytes * (costs.local_bytes(value, layout) / value.nbytes if value.nbytes else 1.0)

@@ -35,7 +35,9 @@ def run_stages(
         results.append(part.outputs)
     mesh = range(program.mesh.size)
     of_rank = [joined(pipeline, [[_local(value, rank) for value in values] for values in results]) for rank in mesh]
-    simulation.outputs = [Ranks(list(values)) if isinstance(values[0], torch.Tensor) else values[0] for values in zip(*of_rank, strict=True)]
+    simulation.outputs = [
+        Ranks(list(values)) if isinstance(values[0], torch.Tensor) else values[0] for values in zip(*of_rank, strict=True)
+    ]
     return simulation
 
 

@@ -1,10 +1,10 @@
 """Stages of a pipeline as programs of their own, read off a typed program whose nodes say in which stage they stand.
 
-    places    what depends on a microbatch and on weights, in program order; each belongs to one stage
-    prepared  what no microbatch changes (parameters, their conversions and casts, whole arguments): once per step, in every stage
-              that reads it, where autograd sums the gradients of all microbatches before they are reduced
-    copied    what arguments alone make (masks, positions): in every stage that reads it, as every rank has the arguments
-    sent      what a place makes and a later stage reads, through all stages between
+places    what depends on a microbatch and on weights, in program order; each belongs to one stage
+prepared  what no microbatch changes (parameters, their conversions and casts, whole arguments): once per step, in every stage
+          that reads it, where autograd sums the gradients of all microbatches before they are reduced
+copied    what arguments alone make (masks, positions): in every stage that reads it, as every rank has the arguments
+sent      what a place makes and a later stage reads, through all stages between
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ def _needed(kinds: dict[fx.Node, str], roots: Iterable[fx.Node]) -> set[fx.Node]
     return found
 
 
-def _stage(
-    program: Program, kinds: dict[fx.Node, str], stage_of: dict[fx.Node, int], stage: int, sent: list[list[fx.Node]]
-) -> Program:
+def _stage(program: Program, kinds: dict[fx.Node, str], stage_of: dict[fx.Node, int], stage: int, sent: list[list[fx.Node]]) -> Program:
     own = [node for node, at in stage_of.items() if at == stage and node is not program.output]
     own += [node for node in program.nodes("update") if kinds[node] != "place" and facts(node).stage == stage]
     is_last = stage == len(sent) - 1
@@ -128,7 +126,9 @@ def _stage(
 
 def given_to_forward(program: Program) -> list[fx.Node]:
     """What the forward pass of a program or a stage takes, in order: what is received, then arguments."""
-    return [node for node in program.nodes("received", "input") if not node.users or any(not facts(user).is_prepared for user in node.users)]
+    return [
+        node for node in program.nodes("received", "input") if not node.users or any(not facts(user).is_prepared for user in node.users)
+    ]
 
 
 def given_to_prepare(program: Program) -> list[fx.Node]:

@@ -8,11 +8,13 @@ under each schedule, and lists of actions are made for the stages that were foun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from autoshard.chain import stage_costs
 from autoshard.collectives import axis_links
 from autoshard.costs import CostModel
 from autoshard.cutting import Cut, Link, cut, evaluate_cut
@@ -61,9 +63,7 @@ class CutStages:
         name, schedule, lies, result = found
         placed.write(result.starts)
         facts(program.output).stage = len(lies) - 1
-        program.pipeline = replace(
-            pipeline, name=name, stage_ranks=lies, schedule=schedule, costs=result.costs, latency_s=link.latency_s
-        )
+        program.pipeline = replace(pipeline, name=name, stage_ranks=lies, schedule=schedule, costs=result.costs, latency_s=link.latency_s)
         program.stats |= {"pipeline_s": result.total_s, "pipeline_bound_s": result.bound_s, "stage_balance": result.balance}
         program.stages = stage_programs(program)
         if not self.fixed:
@@ -127,13 +127,17 @@ class CutStages:
         for module in self.asked.starts:
             place = placed.starts_of(module)
             if place < 0:
-                raise ConstraintError(f"starts names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}")
+                raise ConstraintError(
+                    f"starts names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}"
+                )
             starts.append(place)
         together = []
         for module in self.asked.together:
             places = placed.of(module)
             if not places:
-                raise ConstraintError(f"together names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}")
+                raise ConstraintError(
+                    f"together names {module!r}, in which nothing is computed; name a module by its path: {_examples(placed)}"
+                )
             together.append(list(range(places[0], places[-1] + 1)))
         return starts, together
 
@@ -148,7 +152,10 @@ class CutStages:
         if stage_ranks(plain, ranks, per_rank) != lies:  # type: ignore[arg-type]
             plain = "zbv"
         schedule = make_schedule(plain, ranks, program.pipeline.microbatches, per_rank)  # type: ignore[arg-type]
-        return plain, schedule, lies, evaluate_cut(placed.chain, starts, schedule, lies, link)
+        bounds = [*starts, len(placed.places)]
+        costs = tuple(stage_costs(placed.chain, a, b, link)[0] for a, b in itertools.pairwise(bounds))
+        timeline = simulate(schedule, costs, lies, link.latency_s)
+        return plain, schedule, lies, Cut(tuple(starts), costs, timeline.total_s, 0.0, ())
 
 
 def _examples(placed: PlacedChain) -> str:
@@ -198,7 +205,8 @@ def _compare(program: Program, placed: PlacedChain, link: Link, found: Cut) -> N
             program.stats[name] = evaluate_cut(placed.chain, starts, pipeline.schedule, pipeline.stage_ranks, link).total_s
     if found.total_s > found.bound_s * (1 + 1e-9):
         program.note(
-            f"the predicted step of these pipeline stages is {human_seconds(found.total_s)}; no cut takes less than {human_seconds(found.bound_s)}"
+            f"the predicted step of these pipeline stages is {human_seconds(found.total_s)}; "
+            f"no cut takes less than {human_seconds(found.bound_s)}"
         )
 
 

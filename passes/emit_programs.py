@@ -222,7 +222,12 @@ class _Text:
 
     def add(self, node: fx.Node) -> None:
         known = facts(node)
-        if ((known.is_constant or known.is_prepared) and node.op != "placeholder") or known.role in ("parameter", "input", "received", "output"):
+        if ((known.is_constant or known.is_prepared) and node.op != "placeholder") or known.role in (
+            "parameter",
+            "input",
+            "received",
+            "output",
+        ):
             return
         if known.role == "buffer" and all(
             facts(user).is_constant or facts(user).is_prepared or _reads_by_name(user, node) for user in node.users

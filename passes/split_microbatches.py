@@ -6,10 +6,11 @@ A microbatch is to the batch what a rank is to an axis, but in time: the pass gi
     P      each has a term; the value is the sum               a loss
     R      all have the whole value                            parameters, and what comes of them
 
-by the rules of the ops, walking the graph once. What one microbatch cannot know of the others is had in one of these ways, in
-this order: an R is cut, or divided into equal terms; a value that arguments alone make (how many labels count, say) is computed of the
-whole arguments; rows are picked out of an R; and of a sum over the batch that is not used linearly (the balance loss of experts) each microbatch takes its own
-estimate, its term times the number of microbatches, which is reported. The statistics of a BatchNorm are each microbatch's own.
+by the rules of the ops, walking the graph once. What one microbatch cannot know of the others is had in one of these ways, in this
+order: an R is cut, or divided into equal terms; a value that arguments alone make (how many labels count, say) is computed of the whole
+arguments; rows are picked out of an R; and of a sum over the batch that is not used linearly (the balance loss of experts) each
+microbatch takes its own estimate, its term times the number of microbatches, which is reported. The statistics of a BatchNorm are
+each microbatch's own.
 
 A mean of losses over labels that count is spelled as their sum over their number first, so that it is exact.
 """
@@ -309,7 +310,9 @@ class _Splitter:
         if (operand, want) not in self.made:
             source, index = producer(operand)
             value = facts(source).values[index]
-            new = self._insert(operand, torch.ops.aten.index_select.default, (operand, want.dim, self._rows(value.shape[want.dim])), {}, "rows")
+            new = self._insert(
+                operand, torch.ops.aten.index_select.default, (operand, want.dim, self._rows(value.shape[want.dim])), {}, "rows"
+            )
             set_facts(new, replace(facts(source), role="op", values=(value,), is_constant=False, op=None, random_axes=None))
             self.strategy[new] = Strategy((R, S(0)), (want,), "rows")
             self.at[new, 0] = want
