@@ -258,7 +258,7 @@ class _Loss(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("a pipelined loss cannot be differentiated twice: leave out create_graph=True")
         ctx.gradients.release(grad)

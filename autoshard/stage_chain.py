@@ -19,7 +19,7 @@ from autoshard.costs import CostModel
 from autoshard.kept_bytes import KeptBytes
 from autoshard.program import Program, facts, producer, tensor_operands
 from autoshard.stages import kinds_of, readers
-from autoshard.timeline import Task, work_of
+from autoshard.timeline import Task, Work, work_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _may_cut(places: tuple[fx.Node, ...], k: int) -> bool:
 
 
 def _weights(
-    program: Program, costs: CostModel, kinds: dict[fx.Node, str], number: dict[fx.Node, int], works: dict[fx.Node, object]
+    program: Program, costs: CostModel, kinds: dict[fx.Node, str], number: dict[fx.Node, int], works: dict[fx.Node, Work]
 ) -> list[Weight]:
     kept = KeptBytes(program, costs)
     prepared: dict[fx.Node, list[fx.Node]] = {}
@@ -130,8 +130,8 @@ def _weights(
             Weight(
                 tuple(number[r] for r in readers(node, kinds) if r in number),
                 kept.at_rest(node, known.layout) + copies,
-                sum(_seconds(works[n].forward) for n in own),  # type: ignore[attr-defined]
-                sum(_seconds(works[n].backward) for n in own),  # type: ignore[attr-defined]
+                sum(_seconds(works[n].forward) for n in own),
+                sum(_seconds(works[n].backward) for n in own),
                 costs.parameter_s(known.value, known.layout) if known.value.needs_grad else 0.0,
             )
         )

@@ -112,7 +112,7 @@ class CutStages:
         ranks, count = pipeline.mesh.stages, pipeline.microbatches
         plain = name if name != LISTED else ("1f1b" if per_rank == 1 else "interleaved_1f1b")
         lies = stage_ranks(plain, ranks, per_rank)  # type: ignore[arg-type]
-        schedule = make_schedule(plain, ranks, count, per_rank)  # type: ignore[arg-type]
+        schedule = make_schedule(plain, ranks, count, per_rank)
         found = cut(placed.chain, schedule, lies, link, self.memory_budget_bytes, starts, together)
         if name == LISTED:
             room = None if self.memory_budget_bytes is None else self.memory_budget_bytes
@@ -151,7 +151,7 @@ class CutStages:
         plain = name if name is not None and name != LISTED else ("1f1b" if per_rank == 1 else "interleaved_1f1b")
         if stage_ranks(plain, ranks, per_rank) != lies:  # type: ignore[arg-type]
             plain = "zbv"
-        schedule = make_schedule(plain, ranks, program.pipeline.microbatches, per_rank)  # type: ignore[arg-type]
+        schedule = make_schedule(plain, ranks, program.pipeline.microbatches, per_rank)
         bounds = [*starts, len(placed.places)]
         costs = tuple(stage_costs(placed.chain, a, b, link)[0] for a, b in itertools.pairwise(bounds))
         timeline = simulate(schedule, costs, lies, link.latency_s)
