@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -102,6 +104,26 @@ def test_equals_the_best_of_all_cuts(
     assert found.bound_s <= found.total_s
     assert found.is_optimal
     assert replace(found, bound_s=0.0) in fit
+
+
+@pytest.mark.parametrize("left_out", [("_try_levelled", "_descend"), ("_try_levelled", "_descend", "_play")])
+@settings(deadline=None, max_examples=30)
+@given(chains(5, 9), pipelines(), links, st.sampled_from([None, 0, 20]))
+def test_branching_alone_finds_the_best(
+    left_out: tuple[str, ...], chain: Chain, pipeline: tuple[Schedule, tuple[int, ...]], link: Link, spare: int | None
+) -> None:
+    """Whatever finds good cuts early is left out: what remains has to look at every cut that could be the best."""
+    chain = replace(chain, is_cut_allowed=None)
+    tried = every_cut(chain, pipeline, link, [], 0.0)
+    memory_bytes = None if spare is None else min(max(c.peak_bytes) for c in tried) + spare
+    limits = [] if memory_bytes is None else [(line, memory_bytes) for line in rank_memory(*pipeline)]
+    with ExitStack() as stack:
+        for name in left_out:
+            stack.enter_context(mock.patch.object(Search, name, return_value=None))
+        found = Search(blocks(chain, link), len(pipeline[1]), StepTime(*pipeline, link.latency_s, 0.0), limits).find()
+    best = min(c.total_s for c in tried if memory_bytes is None or max(c.peak_bytes) <= memory_bytes)
+    assert found.value == pytest.approx(best, rel=1e-12, abs=0)
+    assert found.bound == pytest.approx(best, rel=1e-12, abs=0)
 
 
 @settings(deadline=None, max_examples=50)
@@ -222,6 +244,8 @@ def test_constraints() -> None:
     schedule, ranks, chain = make_schedule("gpipe", 2, 4), (0, 1), even_chain([1.0] * 6)
     assert cut(chain, schedule, ranks, FREE).starts == (0, 3)
     assert cut(chain, schedule, ranks, FREE, starts_at=[0, 5]).starts == (0, 5)
+    search = Search(blocks(chain, FREE, starts_at=[4]), 2, StepTime(schedule, ranks, 0.0, 0.0))
+    assert np.isinf(search._try(np.array([[0, 3], [0, 4], [0, 5]]))).tolist() == [True, False, True]
     assert cut(chain, schedule, ranks, FREE, together=[(4, 1)]).starts in ((0, 1), (0, 5))
     with pytest.raises(ConstraintError, match=r"^stages must start at places \[3\], where no cut is allowed; drop them from starts_at or"):
         cut(chain, schedule, ranks, FREE, starts_at=[3], together=[(1, 4)])
