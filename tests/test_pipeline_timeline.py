@@ -216,7 +216,13 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         simulate(make_schedule("1f1b", 3, 3), costs, (0, 1, 2))
     with pytest.raises(PlanError, match="rank 0 runs stage 0, which is not its own"):
         simulate(make_schedule("1f1b", 2, 3), costs, (1, 0))
-    for lists in (("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"), ("0B0 0F0", "1F0 1B0"), ("0F0 0W0 0I0", "1F0 1B0"), ("0F0 0B0", "1F0")):
+    for lists in (
+        ("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"),
+        ("0B0 0F0", "1F0 1B0"),
+        ("0F0 0B0", "1B0 1F0"),
+        ("0F0 0W0 0I0", "1F0 1B0"),
+        ("0F0 0B0", "1F0"),
+    ):
         with pytest.raises(PlanError, match="the schedule deadlocks before 0"):
             simulate(tuple(tuple(map(Action.parse, text.split())) for text in lists), costs, (0, 1))
 

@@ -259,6 +259,23 @@ def test_an_order_is_refused_where_it_does_not_come_to_its_end(request: Request,
             ("0F0 0F1 0B0", "1F0 1B0 1F1 1I1"),
             "the schedule of 2 stages and 2 microbatches: 0B1 (or 0I1 and 0W1) is missing, 1W1 is missing",
         ),
+        (
+            ("0F0 0F1 0B0 0B1 0B1", "1F0 1B0 1F1 1B1 1F5", "2F0"),
+            "the schedule is of 3 ranks, its stages lie on 2: give every rank a list",
+        ),
+        (
+            ("0F0 0F1 0B0 0B1 0B1", "1F0 1B0 1F1 1B1 1F5"),
+            "the schedule of 2 stages and 2 microbatches: 0B1 runs twice, 1F5 is of no stage or microbatch",
+        ),
+        (
+            ("0F0 0F1 0B0 1F0", "1F1 1B0 1I0 1B1"),
+            "the schedule of 2 stages and 2 microbatches: 1F0 is on rank 0, its stage on rank 1, 0B1 (or 0I1 and 0W1) is missing,"
+            " 1B0 runs beside 1I0",
+        ),
+        (
+            ("0F0 0B0 0F1 0B1", "1F0 1F1 1I1 1I0 1W1 1W0"),
+            "the schedule deadlocks: rank 0 at 0B0 for 1I0, rank 1 at 1F1 for 0F1: each waits for another. Move what is waited for forward",
+        ),
         (("0F0 0F1 0B0 0B1", "1F0 1B0 1B1 1F1"), "rank 1 runs 1B1 before 1F1, which it needs: swap them"),
         (
             ("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"),
