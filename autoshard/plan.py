@@ -22,6 +22,7 @@ from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
 from autoshard.memory import Memory, device_type_of, memory_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
+from autoshard.pipeline_timeline import PipelineTimeline, simulate
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
@@ -87,12 +88,16 @@ class Plan:
         predicted = {"predicted_s": self.timeline().total_s, "wire_bytes_per_step": moved}
         return {**self.program.stats, "nodes": len(self.program.graph.nodes), **predicted}
 
-    def timeline(self) -> Timeline:
+    def timeline(self) -> Timeline | PipelineTimeline:
         """One predicted training step: what runs when on the compute stream and on each axis' communication stream.
 
         `.total_s`, `.compute_s`, `.exposed_s` (by axis, seconds in which compute stands still for collectives), `.events`,
-        `.to_chrome_trace(path)`.
+        `.to_chrome_trace(path)`. With pipeline stages: what every rank of `pp` runs when, by the very list of actions that is
+        executed; `.bubble` is the share of idle time, `.in_flight` the most microbatches kept by each rank.
         """
+        pipeline = self.program.pipeline
+        if pipeline is not None:
+            return simulate(pipeline.schedule, pipeline.costs, pipeline.stage_ranks, pipeline.latency_s)
         return timeline_of(self.program, CostModel(self.mesh, self.hardware))
 
     @property

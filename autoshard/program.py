@@ -256,6 +256,11 @@ def row_of(node: fx.Node) -> Conversion:
     return BY_NAME[asked_of(node).target.__name__.removeprefix("start_")]  # type: ignore[union-attr]
 
 
+def passed_on(stage: Program) -> list[fx.Node]:
+    """What a stage gives to the next one; nothing for the last, which returns results."""
+    return list(stage.output.all_input_nodes) if facts(stage.output).name == "passed" else []
+
+
 def source_of(node: fx.Node) -> fx.Node:
     """The node whose value `node` is but for padding: masks are looked through."""
     while facts(node).role == "mask":

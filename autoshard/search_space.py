@@ -28,6 +28,7 @@ from autoshard.ops.row import TensorInfo
 from autoshard.placements import I, Layout, P, Placement, R, padded_piece
 from autoshard.program import Program, facts, native_layout, producer, tensor_operands
 from autoshard.solver import Problem
+from autoshard.stages import shares_of_microbatch
 
 Value = tuple[fx.Node, int]  # a producing node and the number of its output
 _MANY_LAYOUTS = 200  # of one value: above, on three axes, it is offered in one layout only
@@ -63,10 +64,12 @@ class SearchSpace:
     _tables: dict[object, np.ndarray] = field(default_factory=dict)
     _keep: list[object] = field(default_factory=list)
     _conversions: ConversionTable = field(init=False)
+    _shares: dict[fx.Node, float] = field(init=False)  # of what pipeline stages do once for all microbatches
 
     def __post_init__(self) -> None:
         self.table = CandidateTable(self.program, self.costs)
         self._conversions = ConversionTable(self.costs, self.random)
+        self._shares = shares_of_microbatch(self.program) if self.random is None else {}
         self._fix()
         self._collect()
 
@@ -263,7 +266,7 @@ class SearchSpace:
         """Seconds of each choice by itself, with what leads to and from nodes that are not searched."""
         if not isinstance(what, fx.Node):
             return self._supply_costs(what)
-        own = np.array([self._draw(c.cost_s) for c in self.domains[what]])
+        own = np.array([self._draw(c.cost_s) for c in self.domains[what]]) * self._shares.get(what, 1.0)
         for k, operand in enumerate(tensor_operands(what) if facts(what).role == "op" else []):
             value = producer(operand)
             if value in self.fixed:
@@ -308,12 +311,13 @@ class SearchSpace:
         """Between the maker and the supply: the conversion to the hub."""
         domain, info = self.domains[value[0]], facts(value[0]).values[value[1]]
         natives = [c.outputs[value[1]] for c in domain]
-        key = ("made", id(domain), value[1], tuple(supplies), info)
+        share = self._shares.get(value[0], 1.0)
+        key = ("made", id(domain), value[1], tuple(supplies), info, share)
 
         def make() -> np.ndarray:
             seconds = self.seconds(natives, [way.hub for way in supplies], info)
             fitting = np.array([[way.native in (None, native) for way in supplies] for native in natives])
-            return np.where(fitting, seconds, math.inf)
+            return np.where(fitting, seconds * share, math.inf)
 
         return self.remember(key, make, domain)
 
@@ -322,20 +326,21 @@ class SearchSpace:
         producer_domain, reader_domain = self.domains[value[0]], self.domains[user]
         info = facts(value[0]).values[value[1]]
         have, want = [c.outputs[value[1]] for c in producer_domain], [c.inputs[k] for c in reader_domain]
-        key = ("convert", id(producer_domain), value[1], id(reader_domain), k, info)
-        return self.remember(key, lambda: self.seconds(have, want, info), producer_domain, reader_domain)
+        share = self._shares.get(value[0], 1.0)
+        key = ("convert", id(producer_domain), value[1], id(reader_domain), k, info, share)
+        return self.remember(key, lambda: self.seconds(have, want, info) * share, producer_domain, reader_domain)
 
     def offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between a supply and one of its readers: from the hub, or from the native layout where both are offered."""
         supplies, domain = self.supplies[value], self.domains[user]
         info = facts(value[0]).values[value[1]]
-        want = [c.inputs[k] for c in domain]
+        want, share = [c.inputs[k] for c in domain], self._shares.get(value[0], 1.0)
 
         def make() -> np.ndarray:
             from_native = self.seconds([way.native or way.hub for way in supplies], want, info)
-            return np.minimum(self.seconds([way.hub for way in supplies], want, info), from_native)
+            return np.minimum(self.seconds([way.hub for way in supplies], want, info), from_native) * share
 
-        return self.remember(("offer", tuple(supplies), id(domain), k, info), make, domain)
+        return self.remember(("offer", tuple(supplies), id(domain), k, info, share), make, domain)
 
     def seconds(self, have: Sequence[Layout], want: Sequence[Layout], info: TensorInfo) -> np.ndarray:
         """f64[len(have), len(want)] of converting a value, both directions where it has a gradient."""

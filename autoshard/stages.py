@@ -45,6 +45,15 @@ def kinds_of(program: Program) -> dict[fx.Node, str]:
     return found
 
 
+def shares_of_microbatch(program: Program) -> dict[fx.Node, float]:
+    """Of what is done once per step, the share of one microbatch; nothing for a program without a pipeline."""
+    if program.pipeline is None:
+        return {}
+    kinds = kinds_of(program)
+    once = (node for node, kind in kinds.items() if kind == "prepared" or facts(node).role == "parameter")
+    return dict.fromkeys(once, 1.0 / program.pipeline.microbatches)
+
+
 def readers(node: fx.Node, kinds: dict[fx.Node, str]) -> list[fx.Node]:
     """The places that read a node that is none, directly or through others that are none; in program order."""
     seen, found, waiting = {node}, set[fx.Node](), [node]
@@ -120,7 +129,7 @@ def _stage(program: Program, kinds: dict[fx.Node, str], stage_of: dict[fx.Node, 
             set_facts(new[node], replace(facts(node), is_prepared=kinds[node] == "prepared"))
     passed = program.output.args[0] if is_last else tuple(sent[stage])
     output = graph.output(fx.map_arg(passed, new.__getitem__))
-    set_facts(output, replace(facts(program.output)))
+    set_facts(output, replace(facts(program.output), name="" if is_last else "passed"))
     return replace(program, graph=graph, stages=(), notes=list(program.notes), stats=dict(program.stats), passes=list(program.passes))
 
 

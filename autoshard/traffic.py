@@ -15,7 +15,7 @@ from autoshard.costs import CostModel
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, TensorInfo
 from autoshard.placements import Layout, local_shape
-from autoshard.program import Program, asked_of, call_of, facts, row_of, tensor_operands
+from autoshard.program import Program, asked_of, call_of, facts, passed_on, producer, row_of, tensor_operands
 from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
@@ -122,23 +122,55 @@ def is_sent_again(node: fx.Node) -> bool:
 
 def all_sent(program: Program, costs: CostModel) -> Iterator[Sent]:
     """Every collective of one forward and backward pass of a rank; constants are converted once and not counted."""
-    for node in program.nodes("conversion"):
-        if not facts(node).is_constant:
-            sent = sent_by(program, node, costs)
-            yield from sent
-            if program.is_training and is_sent_again(node):
-                yield sent[0]
-    for node in program.nodes("op"):
+    for node in program.nodes():
+        yield from sent_at(program, node, costs)
+
+
+def sent_at(program: Program, node: fx.Node, costs: CostModel) -> Iterator[Sent]:
+    """The collectives of one node in one forward and backward pass."""
+    if facts(node).role == "op":
         yield from sent_inside(program, node)
+    elif facts(node).role == "conversion" and not facts(node).is_constant:
+        sent = sent_by(program, node, costs)
+        yield from sent
+        if program.is_training and is_sent_again(node):
+            yield sent[0]
 
 
 def traffic(program: Program, costs: CostModel) -> dict[str, float]:
-    """Bytes that a rank sends in one forward and backward pass, by collective."""
+    """Bytes that a rank sends in one step, by collective; with pipeline stages, the rank that sends most, and "send" to its neighbours."""
+    if program.stages:
+        assert program.pipeline is not None
+        of_rank: list[dict[str, float]] = [{} for _ in program.pipeline.schedule]
+        for rank, stage in zip(program.pipeline.stage_ranks, program.stages, strict=True):
+            for name, nbytes in _traffic_of_stage(stage, costs).items():
+                of_rank[rank][name] = of_rank[rank].get(name, 0.0) + nbytes
+        return max(of_rank, key=lambda moved: sum(moved.values()))
     moved: dict[str, float] = {}
-    for axis, name, whole in all_sent(program, costs):
-        sent = WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole
-        if sent:
-            moved[name] = moved.get(name, 0.0) + sent
+    for sent in all_sent(program, costs):
+        _add(moved, program, sent)
+    return moved
+
+
+def _add(moved: dict[str, float], program: Program, sent: Sent, times: int = 1) -> None:
+    axis, name, whole = sent
+    nbytes = WIRE[name](program.mesh.shape[program.mesh.index(axis)]) * whole * times
+    if nbytes:
+        moved[name] = moved.get(name, 0.0) + nbytes
+
+
+def _traffic_of_stage(stage: Program, costs: CostModel) -> dict[str, float]:
+    """What is prepared is sent once, all else with every microbatch; values go to the next stage, gradients to the one before."""
+    assert stage.pipeline is not None
+    times, moved = stage.pipeline.microbatches, dict[str, float]()
+    for node in stage.nodes():
+        for sent in sent_at(stage, node, costs):
+            _add(moved, stage, sent, 1 if facts(node).is_prepared else times)
+    held = [(producer(node), True) for node in passed_on(stage)] + [((node, 0), False) for node in stage.nodes("received")]
+    for (node, k), is_forward in held:
+        value, layout = facts(node).values[k], facts(node).layouts[k]
+        if is_forward or value.needs_grad:
+            moved["send"] = moved.get("send", 0.0) + times * costs.local_bytes(value, layout)
     return moved
 
 

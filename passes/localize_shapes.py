@@ -62,6 +62,7 @@ class LocalizeShapes:
 
 
 def localize_sizes(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
+    """Write the sizes among an op's arguments as those of its local results."""
     known, sizes = facts(node), program.mesh.shape
     if rule.shape is not None:
         local = local_shape(known.value.shape, known.layout, sizes)
