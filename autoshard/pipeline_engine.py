@@ -39,7 +39,8 @@ class PipelineEngine:
 
     A step in which a stage raised ends on every rank with StageError, which shows what was raised first; its gradients are
     incomplete, and the next step may run. Where a rank is gone, or did not answer within the group's timeout, the step ends with
-    StageError too, and so does every step after it.
+    StageError too, and so does every step after it. On a GPU a step ends with a synchronisation: that is where ranks learn
+    whether all went well.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class PipelineEngine:
         loss: which result of the last stage backward starts from, with 1 for every microbatch. Returns the results of every
         microbatch, detached, on the rank of the last stage, [] elsewhere. Raises StageError, PlanError for a bad schedule.
         """
-        if self._training is None or self._training[0] is not schedule:
+        if self._training is None or self._training[0] != schedule:
             actions = _training_actions(schedule, self._stage_ranks, self._microbatches)
             splits = any(action.kind == "I" for own in schedule for action in own)
             self._training = schedule, _Runtime(self._stages, self._microbatches, actions), splits

@@ -74,7 +74,7 @@ class Step:
 
 
 class Transfer:
-    """Tensors on their way between two ranks of `group`, in one direction; `what` says which, for errors."""
+    """Tensors on their way between two ranks, in one direction; `what` says which, for errors."""
 
     def __init__(self, post: Callable[[Tensor], dist.Work | None], tensors: Values, what: Callable[[], str]) -> None:
         self.tensors, self._what = tensors, what
@@ -112,6 +112,10 @@ class _Named:
 def _flat(tensor: Tensor) -> Tensor:
     """All of a dense tensor's memory as one dim; what is sent must be contiguous."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _empty(layout: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=layout.dtype, device=device)
 
 
 @dataclass
@@ -190,7 +194,7 @@ class Stage(PipelineStage):
         return self._ranks[stage] == self.group_rank
 
     def _receive(self, layouts: Values, stage: int, kind: str, microbatch: int) -> Transfer:
-        buffers = tuple(torch.empty_like(layout, device=self.device) for layout in layouts)
+        buffers = tuple(_empty(layout, self.device) for layout in layouts)
         post = functools.partial(dist.irecv, group=self._group, group_src=self._ranks[stage])
         return Transfer(post, buffers, functools.partial(self._what, "waited for", kind, microbatch, "from", stage))
 
@@ -206,10 +210,10 @@ class Stage(PipelineStage):
     def _dense(self, value: Tensor | None, layout: Tensor) -> Tensor:
         """A value as it travels; None is a gradient that nothing contributed to."""
         if value is None:
-            return torch.zeros_like(layout, device=self.device)
+            return _empty(layout, self.device).zero_()
         if value.device == self.device and value.stride() == layout.stride():
             return value
-        return torch.empty_like(layout, device=self.device).copy_(value)
+        return _empty(layout, self.device).copy_(value)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -218,7 +222,7 @@ class Stage(PipelineStage):
         values = self._inputs.pop(fwd_chunk_id, ()) if arriving is None else arriving.wait()
         outputs = self._attempt("F", fwd_chunk_id, lambda: self._forward(values, fwd_chunk_id))
         if outputs is None:
-            outputs = tuple(torch.zeros_like(layout, device=self.device) for layout in self._sent)
+            outputs = tuple(_empty(layout, self.device).zero_() for layout in self._sent)
         if self.is_last:
             self._step.results[fwd_chunk_id] = outputs
         elif not self._is_here(self.stage_index + 1):
@@ -334,7 +338,10 @@ def split_backward(received: Values, roots: list[Tensor], grads: list[Tensor]) -
         ends = [roots[number] for number in joined]
         weights = [leaf for leaf in leaves_of(ends) if id(leaf) not in wanted]
         inputs = [received[number] for number in wanted.values()]
-        found_grads, groups = stage_backward_input(ends, [grads[number] for number in joined], inputs, iter(weights))
+        try:
+            found_grads, groups = stage_backward_input(ends, [grads[number] for number in joined], inputs, iter(weights))
+        except RuntimeError as error:
+            raise error.__cause__ or error  # noqa: B904  # the library wraps what an op raised in a listing of all tensors
         for number, grad in zip(wanted.values(), found_grads, strict=True):
             found[number] = grad
 
