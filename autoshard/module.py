@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from autoshard import runtime
+from autoshard import gradient_norms, runtime
 from autoshard.agreement import agree, content, generators, sample
 from autoshard.autocast import ambient
 from autoshard.call_keys import described, family_of, leaf_key, may_be
@@ -365,7 +365,9 @@ class ShardedModule(nn.Module):
         if plan.program.pipeline is None:
             return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
         group = state.whole_mesh.get_group(PIPELINE_AXIS)
-        return PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group)
+        found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group)
+        gradient_norms.register(self, state.mesh, group, found.repeated)
+        return found
 
     def _values(self, plan: Plan) -> str:
         """Digest of parameters, buffers and constants, of some thousand numbers of each."""

@@ -77,6 +77,7 @@ class PipelinedProgram:
             for k in mine
         ]
         held = parameters_of(plan.program)
+        self.repeated = [n for n, stages in held.items() if self.rank in self._ranks(stages) and self.rank != min(self._ranks(stages))]
         self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
         self.tied = self._tied_groups(held)
         parts = [self._engine_stage(stage) for stage in self.stages]
@@ -88,13 +89,16 @@ class PipelinedProgram:
         groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         found = {}
         for name, stages in held.items():
-            ranks = tuple(sorted({self.pipeline.stage_ranks[stage] for stage in stages}))
+            ranks = self._ranks(stages)
             if len(ranks) > 1 and self.rank in ranks:
                 if ranks not in groups:
                     members = [dist.get_global_rank(self.group, rank) for rank in ranks]
                     groups[ranks] = dist.new_group(members, use_local_synchronization=True)
                 found[name] = groups[ranks]
         return found
+
+    def _ranks(self, stages: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted({self.pipeline.stage_ranks[stage] for stage in stages}))
 
     def _engine_stage(self, stage: _Stage) -> EngineStage:
         received = tuple(self._example(facts(node)) for node in stage.program.nodes("received"))
@@ -148,7 +152,7 @@ class PipelinedProgram:
         gradients = [(trained[name], leaf.grad) for name, leaf in self.leaves.items() if leaf.grad is not None]
         values = self._everywhere(results, [self.pipeline.loss])
         loss = values[self.pipeline.loss]
-        values[self.pipeline.loss] = _Loss.apply(loss.detach().requires_grad_(), _Gradients(gradients))
+        values[self.pipeline.loss] = _Loss.apply(loss.detach().requires_grad_(), _Gradients(gradients, self.group))
         return self._returned(values)
 
     def _prepare(self) -> None:
@@ -231,22 +235,42 @@ _NO_LOSS = (
 class _Gradients:
     """Gradients of one call, by parameter, until backward takes them. `.parts` is [] afterwards."""
 
-    def __init__(self, parts: list[tuple[Tensor, Tensor]]) -> None:
-        self.parts, self.is_taken = parts, False
+    def __init__(self, parts: list[tuple[Tensor, Tensor]], group: dist.ProcessGroup) -> None:
+        self.parts, self.is_taken, self.group = parts, False, group
 
     def release(self, scale: Tensor) -> None:
         if self.is_taken:
             raise RuntimeError("the gradients of this pipelined step were taken by an earlier backward; call the model again")
         self.is_taken = True
         parts, self.parts = self.parts, []
-        for parameter, gradient in parts:
-            gradient.mul_(scale)
-            if isinstance(parameter, DTensor):
-                like = parameter
-                gradient = DTensor.from_local(
-                    gradient, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-                )
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if float(scale) != 1.0:
+            torch._foreach_mul_([gradient for _, gradient in parts], scale) if parts else None
+            self._spread_overflow([gradient for _, gradient in parts], scale)
+        with torch.no_grad():
+            for parameter, gradient in parts:
+                _accumulate(parameter, gradient)
+
+    def _spread_overflow(self, gradients: list[Tensor], scale: Tensor) -> None:
+        """Where one stage has a gradient that is not finite, let all: a GradScaler, which looks at one alone, must skip the step on all."""
+        finite = [gradient.isfinite().all() for gradient in gradients if gradient.numel()]
+        overflows = torch.stack(finite).logical_not().any() if finite else torch.zeros((), dtype=torch.bool, device=scale.device)
+        flag = overflows.to(torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        if bool(flag) and not bool(overflows):
+            next(gradient for gradient in gradients if gradient.numel()).view(-1)[:1].fill_(float("nan"))
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add a local gradient to `.grad` of a parameter."""
+    if parameter.grad is not None:
+        local_of(parameter.grad).add_(gradient)
+    elif isinstance(parameter, DTensor):
+        shape, stride = parameter.shape, parameter.stride()
+        parameter.grad = DTensor.from_local(
+            gradient, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        )
+    else:
+        parameter.grad = gradient
 
 
 class _Loss(torch.autograd.Function):

@@ -17,6 +17,7 @@ A mean of losses over labels that count is spelled as their sum over their numbe
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -55,14 +56,15 @@ class SplitMicrobatches:
         if PIPELINE_AXIS not in self.mesh.axes:
             return program
         refuse(program)
-        cut = batch_dims(program, self.batch, self.microbatches)
-        if self.microbatches > 1:
+        count = self.microbatches if program.is_training else most_that_divide(program, self.batch, self.microbatches)
+        cut = batch_dims(program, self.batch, count)
+        if count > 1:
             spell_masked_means(program)
-        splitter = _Splitter(program, self.microbatches, cut)
+        splitter = _Splitter(program, count, cut)
         results = splitter.run()
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
         inputs = {name: (name.removesuffix(_OF_ALL), cut.get(name)) for name in names}
-        program.pipeline = Pipeline(self.mesh, self.microbatches, inputs, splitter.rows, results, _loss(program))
+        program.pipeline = Pipeline(self.mesh, count, inputs, splitter.rows, results, _loss(program))
         program.kept = kept_values(program) if program.is_training else None
         return program
 
@@ -99,6 +101,15 @@ def batch_dims(program: Program, asked: Mapping[str, int | None], microbatches: 
                 f"use a batch of {near} or {near + microbatches}, or another number of microbatches"
             )
     return dims
+
+
+def most_that_divide(program: Program, asked: Mapping[str, int | None], microbatches: int) -> int:
+    """The most microbatches, up to `microbatches`, that the batch divides in: without a backward any number will do."""
+    for count in range(microbatches, 1, -1):
+        with contextlib.suppress(InputError):
+            batch_dims(program, asked, count)
+            return count
+    return 1
 
 
 def _loss(program: Program) -> int | None:
