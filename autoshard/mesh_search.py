@@ -40,7 +40,7 @@ from autoshard.placements import Layout
 from autoshard.plan import Plan
 from autoshard.planner import Inputs, Outputs, Request, Settings, check_batch, entry_layout, passes_for
 from autoshard.program import Program, facts
-from autoshard.runner import pass_name, run_passes
+from autoshard.runner import announce, pass_name, run_passes
 from autoshard.search_space import SearchSpace, Value
 from autoshard.solver import InfeasibleError, solve
 from autoshard.text import human_bytes, human_seconds
@@ -239,6 +239,7 @@ class _Search:
             check_batch((self.request.args, self.request.kwargs), mesh, settings.template, settings.inputs)
             for a_pass in (annotate, insert, localize):
                 program.passes.append(pass_name(a_pass))
+                announce(f"{pass_name(a_pass)} on {mesh}")
                 program = a_pass(program)
         except (BudgetError, ConstraintError, InputError) as error:
             self.errors.append(error)
