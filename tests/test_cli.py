@@ -115,6 +115,15 @@ def test_models_come_from_modules_and_files_with_and_without_arguments() -> None
         assert (ran.status, ran.out) == (0, ""), (model, ran.err)
 
 
+def test_pipeline_stages_are_planned_and_verified() -> None:
+    asked = "--mesh pp=2,dp=2 --microbatches 2 --schedule gpipe --batch 8 --json"
+    body = run(f"plan net.py:build {asked}").json
+    assert body["mesh"] == {"pp": 2, "dp": 2}
+    assert body["pipeline"] == {"microbatches": 2, "schedule": "gpipe", "stage_ranks": [0, 1]}
+    body = run(f"verify net.py:build {asked}").json
+    assert (body["is_equal"], body["mesh"]) == (True, "pp=2,dp=2")
+
+
 def test_search_ranks_meshes() -> None:
     ran = run("search net.py:build --devices 4 --cluster h100 --out best.json --json")
     found = autoshard.search(nn.Linear(8, 8), (torch.zeros(4, 8),), devices=4, cluster="h100")

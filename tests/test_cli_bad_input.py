@@ -22,6 +22,9 @@ from torch import nn
 def good():
     return nn.Linear(4, 4), (torch.zeros(4, 4),)
 
+def deep():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.zeros(4, 4),)
+
 def helper(n):
     return 1 / n
 
@@ -134,7 +137,7 @@ def test_sizes_that_a_function_does_not_take_are_refused() -> None:
 def test_functions_that_are_not_there_are_refused(folder: Path) -> None:
     Path("syntax.py").write_text("x = 1\ndef f(:\n")
     Path("imports.py").write_text("import nothing_of_this_name\n")
-    own = "good, helper, broken, leaves"
+    own = "good, deep, helper, broken, leaves"
     assert refused("plan models.py:god --mesh dp=2").startswith(f"models.py has no function 'god'; it has {own}, ")
     assert "has no function 'number'" in refused("plan models:number --mesh dp=2")
     assert refused("plan gone.py:build --mesh dp=2") == "there is no file gone.py; write path/to/file.py:function"
@@ -256,6 +259,11 @@ def test_running_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("plan models.py:good --mesh dp=2 --train --eval", "argument --eval: not allowed with argument --train"),
         ("plam models.py:good", "argument COMMAND: invalid choice: 'plam' (choose from "),
         ("", "the following arguments are required: COMMAND; autoshard --help shows what there is"),
+        (
+            "plan models.py:good --mesh dp=2 --microbatches 2",
+            "--microbatches is for pipeline stages; give the mesh an axis pp, e.g. --mesh pp=2,dp=2",
+        ),
+        ("plan models.py:good --mesh pp=2 --schedule 2f2b", "argument --schedule: invalid choice: '2f2b' (choose from "),
         ("explain models.py:good", "models.py:good is no saved plan, and to plan a model takes --mesh, e.g. --mesh dp=2,tp=4"),
         ("verify models.py:good", "verify takes a saved plan, or --mesh to plan at once"),
     ],
@@ -299,6 +307,12 @@ def test_files_that_are_no_plans_are_refused(saved: str) -> None:
     assert refused("diff plan.json cut.json").startswith("this is not a plan, or a truncated one")
     assert refused("show gone.json") == "there is no file gone.json; autoshard plan MODEL --mesh ... --out gone.json writes a plan"
     assert refused("diff plan.json gone.json").startswith("cannot read the plan gone.json")
+
+
+def test_files_do_not_hold_stages() -> None:
+    text = "plans with pipeline stages (axis pp) are not written to files yet; autoshard.compile plans and runs them in one"
+    assert refused("plan models.py:deep --mesh pp=2 --out plan.json") == text
+    assert refused("emit models.py:deep folder --mesh pp=2") == text
 
 
 def test_places_that_cannot_be_written_are_told_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

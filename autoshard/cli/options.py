@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from autoshard import schedules
 from autoshard.api import Options
 from autoshard.constraints import Template
 from autoshard.errors import InputError
 from autoshard.hardware import hardware_of
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec
+from autoshard.pipeline import Pipelining
 
 MODEL_HELP = (
     "module:function or path/to/file.py:function that returns the model, (model, args) or (model, args, kwargs); or a Hugging Face "
@@ -24,7 +27,9 @@ _UNITS = {"": 1, "b": 1, **{f"{letter}b": 1000**k for k, letter in enumerate("km
 _UNITS |= {f"{letter}ib": 1024**k for k, letter in enumerate("kmgt", 1)}
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 _DTYPES |= {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16, "f16": torch.float16}
-_OF_MODELS = ("mesh", "hardware", "template", "constraint", "memory_budget", "overlap", "batch", "seq", "dtype", "is_training")
+_OF_PIPELINES = ("microbatches", "schedule", "stages_per_rank")
+OF_PLANS = ("mesh", "hardware", "template", "constraint", "memory_budget", "overlap", *_OF_PIPELINES)
+_OF_MODELS = ("batch", "seq", "dtype", "is_training")
 
 
 def size_bytes(text: str) -> float:
@@ -93,12 +98,16 @@ def add_plan_options(parser: argparse.ArgumentParser, is_required: bool = False)
     group.add_argument("--hardware", metavar="NAME", help="h100, h100x4 (nodes of 4), a100, h200, b200, cpu, measured, profile:FILE")
     group.add_argument("--template", choices=get_args(Template), help="a known layout in place of the search: ddp, fsdp, ...")
     group.add_argument("--overlap", action="store_true", default=None, help="start collectives early and wait late")
+    group = parser.add_argument_group("pipeline stages, where the mesh has an axis pp")
+    group.add_argument("--microbatches", type=count, metavar="N", help="parts that the batch is cut into")
+    group.add_argument("--schedule", choices=schedules.NAMES, help="what runs when")
+    group.add_argument("--stages-per-rank", type=count, metavar="N", help="for schedules of several stages on a rank")
 
 
-def given_plan_options(asked: argparse.Namespace) -> list[str]:
-    """Which options that only planning reads were given."""
+def given_options(asked: argparse.Namespace, names: Sequence[str] = (*OF_PLANS, *_OF_MODELS)) -> list[str]:
+    """Which of some options were given, as they are written."""
     shown = {"is_training": "--train or --eval"}
-    return [shown.get(name, f"--{name.replace('_', '-')}") for name in _OF_MODELS if getattr(asked, name, None) is not None]
+    return [shown.get(name, f"--{name.replace('_', '-')}") for name in names if getattr(asked, name, None) is not None]
 
 
 def constraints_of(asked: argparse.Namespace) -> dict[str, str]:
@@ -112,14 +121,19 @@ def constraints_of(asked: argparse.Namespace) -> dict[str, str]:
 
 
 def plan_keywords(asked: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of autoshard.plan. Raises an AutoshardError for a mesh or hardware that cannot be read."""
-    MeshSpec.of(asked.mesh)
+    """Keywords of autoshard.plan. Raises an AutoshardError for a mesh or hardware that cannot be read, or that do not go together."""
+    has_stages = PIPELINE_AXIS in MeshSpec.of(asked.mesh).axes
+    if not has_stages and (given := given_options(asked, _OF_PIPELINES)):
+        raise InputError(
+            f"{given[0]} is for pipeline stages; give the mesh an axis {PIPELINE_AXIS}, e.g. --mesh {PIPELINE_AXIS}=2,{asked.mesh}"
+        )
     return {
         "template": asked.template or "auto",
         "constraints": constraints_of(asked),
         "hardware": hardware_of(asked.hardware),
         "memory_budget_bytes": asked.memory_budget,
         "options": Options(overlap=bool(asked.overlap)),
+        "pipeline": Pipelining(asked.microbatches, asked.schedule, asked.stages_per_rank) if has_stages else None,
     }
 
 

@@ -12,16 +12,18 @@ import autoshard
 from autoshard.cli.command import FINE, NO, Command
 from autoshard.cli.options import (
     MODEL_HELP,
+    OF_PLANS,
     add_model_options,
     add_plan_options,
     add_search_options,
     check_writable,
     constraints_of,
     count,
+    given_options,
     unwritable,
 )
 from autoshard.cli.screen import Screen
-from autoshard.cli.sources import load_model, plan_of_model, saved_plan
+from autoshard.cli.sources import check_files_hold, load_model, plan_of_model, saved_plan, whole_mesh
 from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, InputError
 from autoshard.hardware import hardware_of
@@ -38,9 +40,11 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """A plan as plain data: what was asked, every parameter's layout, what is predicted, what must be known."""
     costs = CostModel(plan.mesh, plan.hardware)
     known = {name: facts(node) for name, node in plan.program.parameters().items()}
+    mesh, stages = whole_mesh(plan), plan.program.pipeline
     return {
         "model": plan.model_name,
-        "mesh": dict(zip(plan.mesh.axes, plan.mesh.shape, strict=True)),
+        "mesh": dict(zip(mesh.axes, mesh.shape, strict=True)),
+        "pipeline": stages and {"microbatches": stages.microbatches, "schedule": stages.name, "stage_ranks": stages.stage_ranks},
         "hardware": plan.hardware.name,
         "template": plan.template,
         "constraints": plan.constraints,
@@ -64,6 +68,7 @@ def save(plan: Plan, path: str | None) -> list[str]:
     """Save a plan where a path was given -> what to say about it. Raises InputError where it cannot be written."""
     if path is None:
         return []
+    check_files_hold(plan)
     try:
         plan.save(path)
     except OSError as error:
@@ -129,11 +134,9 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(asked: argparse.Namespace, screen: Screen) -> int:
     """Simulate all ranks of a plan and compare with the model on one device."""
-    only_planning = [name for name in ("mesh", "hardware", "template", "constraint", "memory_budget", "overlap") if getattr(asked, name)]
-    if asked.plan and only_planning:
-        raise InputError(
-            f"{asked.plan} is a saved plan, made for its own mesh and hardware; leave out --{only_planning[0].replace('_', '-')}"
-        )
+    given = given_options(asked, OF_PLANS)
+    if asked.plan and given:
+        raise InputError(f"{asked.plan} is a saved plan, made for its own mesh and hardware; leave out {', '.join(given)}")
     plan = saved_plan(asked.plan, screen) if asked.plan else None
     if plan is None and asked.mesh is None:
         raise InputError(
@@ -141,10 +144,11 @@ def run_verify(asked: argparse.Namespace, screen: Screen) -> int:
         )
     loaded = load_model(asked, screen, is_real=True)
     plan = plan or plan_of_model(asked, screen, loaded)
-    with screen.working(f"simulate {plan.mesh.size} ranks"):
+    mesh = whole_mesh(plan)
+    with screen.working(f"simulate {mesh.size} ranks"):
         found = autoshard.verify(loaded.model, plan, loaded.args, loaded.kwargs, tolerance=asked.tolerance)
-    data = {"is_equal": found.is_equal, **vars(found), "mesh": plan.mesh, "model": plan.model_name}
-    screen.answer(data, f"{plan.model_name} on {plan.mesh}: {found}", *([] if found.is_equal else [_differences(found)]))
+    data = {"is_equal": found.is_equal, **vars(found), "mesh": mesh, "model": plan.model_name}
+    screen.answer(data, f"{plan.model_name} on {mesh}: {found}", *([] if found.is_equal else [_differences(found)]))
     return FINE if found.is_equal else NO
 
 

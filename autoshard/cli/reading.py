@@ -12,7 +12,7 @@ from autoshard.cli.command import FINE, NO, Command
 from autoshard.cli.options import MODEL_HELP, add_plan_options, check_writable, named_layout, unwritable
 from autoshard.cli.planning import plan_data
 from autoshard.cli.screen import Screen
-from autoshard.cli.sources import is_saved_plan, plan_of, saved_plan
+from autoshard.cli.sources import check_files_hold, is_saved_plan, plan_of, saved_plan
 from autoshard.errors import InputError
 from autoshard.plan import Plan
 
@@ -157,6 +157,7 @@ def run_emit(asked: argparse.Namespace, screen: Screen) -> int:
     if not existing.is_dir():
         raise InputError(f"cannot write {folder}: {existing} is a file; choose another folder")
     plan = plan_of(asked, screen)
+    check_files_hold(plan)
     try:
         plan.emit(folder)
     except OSError as error:
