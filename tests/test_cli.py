@@ -284,6 +284,17 @@ def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch: autoshard is made for torch from 2.11 to below 2.14" in ran.out
 
 
+def test_doctor_sees_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"is_available": True, "device_count": 1, "get_device_name": "NVIDIA H200", "mem_get_info": (140e9, 150e9)}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    checks = {check["name"]: check for check in run("doctor --no-processes --json").json["checks"]}
+    assert checks["cuda:0"]["found"] == "NVIDIA H200, 140.0 GB free of 150.0 GB"
+    assert "cuda" not in checks
+    assert (checks["nccl"]["status"], checks["nccl"]["note"]) == ("limited", "GPUs cannot talk to each other")
+
+
 def test_doctor_knows_the_supported_versions() -> None:
     project = PROJECT["project"]
     least, below = (".".join(map(str, limit)) for limit in TORCH_RANGE)
