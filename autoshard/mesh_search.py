@@ -36,11 +36,12 @@ from autoshard.errors import AutoshardError, BudgetError, ConstraintError, Input
 from autoshard.hardware import Hardware, hardware_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
+from autoshard.passes import AnnotateShardings, InsertCollectives, LocalizeShapes
 from autoshard.placements import Layout
 from autoshard.plan import Plan
 from autoshard.planner import Inputs, Outputs, Request, Settings, check_batch, entry_layout, passes_for
 from autoshard.program import Program, facts
-from autoshard.runner import pass_name, run_passes
+from autoshard.runner import announce, pass_name, run_passes
 from autoshard.search_space import SearchSpace, Value
 from autoshard.solver import InfeasibleError, solve
 from autoshard.text import human_bytes, human_seconds
@@ -48,7 +49,7 @@ from autoshard.torch_internals import pytree
 from autoshard.traffic import seconds_by_term, traffic
 
 AXES = {1: ("dp",), 2: ("dp", "tp"), 3: ("dp", "cp", "tp")}  # names promise nothing: the search decides what an axis does
-_FRONT = 4  # passes that do not look at the mesh: trace, normalize, draw, fold
+_PLANNING = (AnnotateShardings, InsertCollectives, LocalizeShapes)  # what every mesh has of its own; what is before them is done once
 
 Status = Literal["planned", "pruned", "refused"]
 
@@ -142,7 +143,9 @@ def search(
     settings = Settings(hardware, "auto", dict(constraints or {}), budget, inputs, outputs)
     meshes = list(meshes_of(devices, hardware, max_axes))
     request = Request(model, tuple(args), dict(kwargs or {}), meshes[-1], settings)
-    finder = _Search(request, run_passes(passes_for(request)[:_FRONT], Program(fx.Graph(), meshes[-1])))
+    passes = passes_for(request)
+    first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, AnnotateShardings))
+    finder = _Search(request, run_passes(passes[:first], Program(fx.Graph(), meshes[-1])))
     rows = finder.rank(meshes)
     return MeshSearch(finder.finish(), rows, devices, time.perf_counter() - started)
 
@@ -234,11 +237,12 @@ class _Search:
         """Search one mesh; its program is kept if it is the best so far."""
         program = self.given(mesh)
         settings = self.request.settings
-        annotate, insert, localize, *_ = passes_for(self.request)[_FRONT:]
+        passes = [a_pass for a_pass in passes_for(self.request) if isinstance(a_pass, _PLANNING)]
         try:
             check_batch((self.request.args, self.request.kwargs), mesh, settings.template, settings.inputs)
-            for a_pass in (annotate, insert, localize):
+            for a_pass in passes:
                 program.passes.append(pass_name(a_pass))
+                announce(f"{pass_name(a_pass)} on {mesh}")
                 program = a_pass(program)
         except (BudgetError, ConstraintError, InputError) as error:
             self.errors.append(error)

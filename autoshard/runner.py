@@ -1,10 +1,15 @@
-"""Runs passes over a program: times each, checks the program after it, and dumps it where asked."""
+"""Runs passes over a program: times each, checks the program after it, and dumps it where asked.
+
+Whoever waits may listen: inside `with heard_by(listener)`, the listener gets the name of each pass before it runs.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from autoshard.checker import check
@@ -12,11 +17,30 @@ from autoshard.program import Program
 from autoshard.text import listing
 
 Pass = Callable[[Program], Program]
+Listener = Callable[[str], None]
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def pass_name(a_pass: Pass) -> str:
     """`AnnotateShardings` is `annotate_shardings`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(a_pass).__name__).lower()
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """While this lasts, in this thread, `listener` gets what is announced: one short text each."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def announce(text: str) -> None:
+    """Tell the listener, if there is one, what begins now."""
+    listener = _LISTENER.get()
+    if listener is not None:
+        listener(text)
 
 
 def run_passes(passes: Sequence[Pass], program: Program, dump_dir: str | Path | None = None, first: int = 0) -> Program:
@@ -28,6 +52,7 @@ def run_passes(passes: Sequence[Pass], program: Program, dump_dir: str | Path | 
     """
     for number, a_pass in enumerate(passes, first):
         name = pass_name(a_pass)
+        announce(name)
         started = time.perf_counter()
         program.passes.append(name)
         program = a_pass(program)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import autoshard
 from autoshard import Hardware, profile_cases
-from autoshard.__main__ import main
+from autoshard.cli import main
 from autoshard.costs import CostModel
 from autoshard.errors import HardwareError, InputError
 from autoshard.hardware import Device, Link, hardware_of
@@ -317,11 +317,11 @@ def test_the_command_prints_json_or_a_table(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_command_explains_what_is_missing(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert main(["profile", "--mesh", "dp=2,tp=2"]) == 1
+    assert main(["profile", "--mesh", "dp=2,tp=2"]) == 2
     assert "torchrun --nproc-per-node 4 -m autoshard profile --mesh dp=2,tp=2" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["profile", "--mesh", "dp=2,tp=2"]) == 1
+    assert main(["profile", "--mesh", "dp=2,tp=2"]) == 2
     assert "has 4 ranks, torchrun started 2 processes" in capsys.readouterr().err
-    assert main(["profile", "--mesh", "dp"]) == 1
+    assert main(["profile", "--mesh", "dp"]) == 2
     assert "cannot read mesh 'dp'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(
     [
         *ROOT.glob("autoshard/*.py"),
+        *ROOT.glob("autoshard/cli/*.py"),
         *ROOT.glob("autoshard/ops/*.py"),
         *ROOT.glob("autoshard/runtime/*.py"),
         *ROOT.glob("passes/*.py"),
