@@ -61,6 +61,7 @@ def _over_stages(of_one_stage: Any) -> Any:
         norm = _combined(own.full_tensor() if isinstance(own, DTensor) else own, float(norm_type), piped)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"the norm of order {norm_type} of the gradients of all stages is {float(norm)}, so it cannot be clipped")
+        norm = norm.to(given[0].dtype if given else torch.float32)
         return DTensor.from_local(norm, piped.mesh, [Replicate()] * piped.mesh.ndim, run_check=False)
 
     total_norm.of_one_stage = of_one_stage  # type: ignore[attr-defined]
@@ -71,22 +72,26 @@ def _pipeline_of(tensors: list[Tensor]) -> _Piped | None:
     """The pipeline whose gradients these are; where there are none, one whose stages here have nothing to train."""
     alive = [piped for piped in _PIPED if piped.model() is not None]
     if tensors:
-        meshes = [tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]
-        return next((piped for piped in alive if piped.mesh in meshes), None)
-    idle = [piped for piped in alive if not any(p.requires_grad for p in piped.model().parameters())]  # type: ignore[union-attr]
-    return idle[0] if idle else None
+        given = {id(tensor) for tensor in tensors}
+        return next((piped for piped in alive if not given.isdisjoint(map(id, _gradients(piped).values()))), None)
+    return next((piped for piped in alive if not _gradients(piped)), None)
+
+
+def _gradients(piped: _Piped) -> dict[str, Tensor]:
+    """By parameter of the model, under all of its names."""
+    model = piped.model()
+    named = model.named_parameters(remove_duplicate=False) if model is not None else ()
+    return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
 
 
 def _repeated(piped: _Piped) -> set[int]:
     """Gradients that another stage counts."""
-    model = piped.model()
-    named = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
-    return {id(named[name].grad) for name in piped.repeated if name in named}
+    gradients = _gradients(piped)
+    return {id(gradients[name]) for name in piped.repeated if name in gradients}
 
 
 def _combined(own: Tensor, order: float, piped: _Piped) -> Tensor:
-    device = piped.mesh.device_type
-    norm = own.detach().to(device).to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+    norm = own.detach().to(piped.mesh.device_type, torch.float64)  # of one dtype on all ranks, whatever they hold
     if math.isinf(order):
         dist.all_reduce(norm, dist.ReduceOp.MAX, group=piped.group)
         return norm

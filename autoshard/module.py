@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from autoshard.errors import InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, mesh_of_stage
 from autoshard.module_state import State, slots_of
+from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.pipelined_program import PipelinedProgram
 from autoshard.placements import I, Layout, R, shard
 from autoshard.plan import Plan
@@ -106,6 +108,27 @@ class ShardedModule(nn.Module):
         if ready.is_random:
             self._state.advance()
         return ready(leaves, self._state.mesh, sizes)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module.compile; with pipeline stages, the forward pass of each stage is compiled by itself."""
+        if self._state.whole_mesh is self._state.mesh:
+            super().compile(*args, **kwargs)
+            return
+        if args:
+            raise PlanError("pass the options of torch.compile by name")
+        self._state.compiled = kwargs
+        self._state.ready.clear()
+
+    def measure(self, *args: Any, **kwargs: Any) -> list[PipelineEvent]:
+        """Run one training step of a model with pipeline stages and say what every rank of `pp` ran when; no gradient is kept.
+
+        Lay it over the prediction: `model.plan.timeline().to_chrome_trace(path, measured=model.measure(x, y))`.
+        """
+        leaves, ready, _ = self._ready(args, kwargs)
+        if not isinstance(ready, PipelinedProgram):
+            raise PlanError("only steps of models with pipeline stages are measured; profile others with torch.profiler")
+        self._state.advance()
+        return ready.measure(leaves)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Plan:
         """Plan for arguments like these, without running; parameters move to where the plan wants them."""
@@ -364,7 +387,7 @@ class ShardedModule(nn.Module):
         if plan.program.pipeline is None:
             return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
         group = state.whole_mesh.get_group(PIPELINE_AXIS)
-        found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group)
+        found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group, state.compiled)
         gradient_norms.register(self, state.mesh, group, found.repeated)
         return found
 
@@ -374,7 +397,10 @@ class ShardedModule(nn.Module):
         return digest([sample(local_of(tensor)) for tensor in tensors if not tensor.is_meta])[:12]
 
     def _plan(self, args: tuple, kwargs: dict, leaves: list[Any], marks: Marks) -> Plan:
-        state = self._state
+        state, settings = self._state, self._state.settings
+        if state.stages is not None and settings.pipeline.microbatches is None and state.plan is not None:
+            count = state.plan.program.pipeline.microbatches if state.plan.program.pipeline is not None else None
+            settings = replace(settings, pipeline=replace(settings.pipeline, microbatches=count))
         layouts = [self._entry(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         examples = [self._global_example(leaf) for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(examples, pytree.tree_structure((args, kwargs)))
@@ -383,7 +409,7 @@ class ShardedModule(nn.Module):
             args,
             kwargs,
             state.whole_spec,
-            state.settings,
+            settings,
             device=state.device.type,
             entry_layouts=tuple(layouts),
             fixed_parameters=state.layouts or {},

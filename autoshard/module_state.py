@@ -44,6 +44,7 @@ class State:
     aliases: dict[str, str] = field(default_factory=dict)
     members: tuple[nn.Module, ...] = ()
     slots: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)  # name -> the dict that holds the tensor, its key
+    compiled: dict[str, Any] | None = None  # options of torch.compile, where the stages are compiled
     base_seed: int | None = None
     step: int = 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,6 +26,7 @@ from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _Com
 
 from autoshard.errors import PlanError, StageError
 from autoshard.pipeline_stage import EngineStage, Failure, Stage, Step, spell
+from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.schedules import Action, Schedule
 
 __all__ = ["EngineStage", "PipelineEngine"]
@@ -74,6 +76,23 @@ class PipelineEngine:
         """Forward of every microbatch, without gradients. Returns and raises as `train` does."""
         self._step.trains = False
         return self._run(self._forwards, torch.no_grad())
+
+    def measure(self, schedule: Schedule, loss: int) -> list[PipelineEvent]:
+        """What every rank ran when, in s from a common start, in one step as `train` runs it; the same on every rank.
+
+        Raises as `train` does. On an accelerator every action is waited for, which the step as it is otherwise run does not do.
+        """
+        self._step.measured = []
+        try:
+            dist.barrier(group=self._group)
+            start = time.perf_counter()
+            self.train(schedule, loss)
+            own = [(stage, kind, number, a - start, b - start) for stage, kind, number, a, b in self._step.measured]
+        finally:
+            self._step.measured = None
+        everyone: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, own, group=self._group)
+        return [PipelineEvent(rank, *event) for rank, events in enumerate(everyone) for event in events]
 
     def _run(self, runtime: _Runtime, mode: AbstractContextManager) -> list[tuple[Tensor, ...]]:
         if self._lost:

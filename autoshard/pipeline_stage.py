@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.profiler import record_function
 from torch.distributed.pipelining import PipelineStage
 
 # The two halves of a backward pass. If they move: schedules with I and W.
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from autoshard.errors import PlanError, StageError
+from autoshard.schedules import Kind
 from autoshard.text import short_dtype
 
 Values = tuple[Tensor, ...]
@@ -64,6 +66,7 @@ class Step:
     cause: Exception | None = None
     results: dict[int, Values] = field(default_factory=dict)
     sends: deque[Transfer] = field(default_factory=deque)
+    measured: list[tuple[int, Kind, int, float, float]] | None = None  # stage, kind, microbatch, start and end in s of this clock
 
     def post(self, transfer: Transfer) -> Transfer:
         """Remember a send until it is done; forget those that are."""
@@ -233,24 +236,37 @@ class Stage(PipelineStage):
         grads = self._arrived_grads(bwd_chunk_id)
         tape = self._tapes.pop(bwd_chunk_id, _Tape((), []))
         tape.grads = grads or tape.grads
-        kind, run = ("B", self._backward) if full_backward else ("I", self._backward_of_inputs)
-        found = self._attempt(kind, bwd_chunk_id, lambda: run(tape, bwd_chunk_id))
+        run = self._backward if full_backward else self._backward_of_inputs
+        found = self._attempt("B" if full_backward else "I", bwd_chunk_id, lambda: run(tape, bwd_chunk_id))
         self._input_grads[bwd_chunk_id] = (None,) * len(self._received) if found is None else found
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         self._attempt("W", bwd_chunk_id, self._weights.pop(bwd_chunk_id, lambda: None))
 
-    def _attempt(self, kind: str, microbatch: int, compute: Callable[[], Any]) -> Any:
+    def _attempt(self, kind: Kind, microbatch: int, compute: Callable[[], Any]) -> Any:
         """What `compute` returns; None where it raises, or where anything on this rank raised before it in this step."""
         if self._step.failure is None:
+            started = self._now()
             try:
-                return compute()
+                with record_function(f"{self.stage_index}{kind}{microbatch}"):
+                    return compute()
             except Exception as error:
                 place = f"stage {self.stage_index}, {_KINDS[kind]} of microbatch {microbatch}, failed on rank {dist.get_rank()}"
                 self._step.failure, self._step.cause = Failure(time.time(), f"{place}: {type(error).__name__}: {error}"), error
+            finally:
+                if self._step.measured is not None:
+                    self._step.measured.append((self.stage_index, kind, microbatch, started, self._now()))
         self._tapes.clear()
         self._weights.clear()
         return None
+
+    def _now(self) -> float:
+        """The clock where a step is measured, after what the device still has to do."""
+        if self._step.measured is None:
+            return 0.0
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
+        return time.perf_counter()
 
     def _forward(self, values: Values, microbatch: int) -> Values:
         if self._step.trains:

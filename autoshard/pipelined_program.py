@@ -27,6 +27,7 @@ from autoshard.microbatches import joined, of_microbatch
 from autoshard.ops.row import TensorInfo
 from autoshard.pipeline import Pipeline
 from autoshard.pipeline_engine import EngineStage, PipelineEngine
+from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.placements import local_shape
 from autoshard.plan import Plan
 from autoshard.program import Facts, Program, facts, producer
@@ -56,7 +57,9 @@ class PipelinedProgram:
         device: torch.device,
         seed: Callable[[], int],
         group: dist.ProcessGroup,
+        compiled: Mapping[str, Any] | None = None,
     ) -> None:
+        """compiled: arguments of torch.compile for the forward pass of every stage; None: do not compile."""
         assert plan.program.pipeline is not None
         self.plan, self.slots, self.device, self.seed, self.group = plan, slots, device, seed, group
         self.pipeline: Pipeline = plan.program.pipeline
@@ -76,6 +79,13 @@ class PipelinedProgram:
             _Stage(k, (part := plan.program.stages[k]), load_text(part.source, f"{plan.model_name} stage {k}", axes, tensor, device, seed))
             for k in mine
         ]
+        if compiled is not None:
+            if any(action.kind in "IW" for own in self.pipeline.schedule for action in own):
+                raise PlanError(
+                    f"schedule {self.pipeline.name!r} splits backward, which torch.compile cannot; ask for another, such as '1f1b'"
+                )
+            for stage in self.stages:
+                stage.code.forward = torch.compile(stage.code.forward, **compiled)
         held = parameters_of(plan.program)
         self.repeated = [n for n, stages in held.items() if self.rank in self._ranks(stages) and self.rank != min(self._ranks(stages))]
         self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
@@ -136,6 +146,25 @@ class PipelinedProgram:
         finally:
             self.inputs, self.leaves = {}, {}
 
+    def measure(self, leaves: list[Any]) -> list[PipelineEvent]:
+        """What every rank of `pp` runs when in one training step, whose gradients nobody gets."""
+        named = zip(self.plan.program.flat_inputs, leaves, strict=True)
+        self.inputs = {name: leaf for name, leaf in named if name is not None}
+        if self.pipeline.loss is None:
+            raise PlanError(_NO_LOSS)
+        try:
+            self._hold()
+            self._prepare()
+            return self.engine.measure(self.pipeline.schedule, self._tensor_number(self.pipeline.loss))
+        finally:
+            self.inputs, self.leaves = {}, {}
+
+    def _hold(self) -> dict[str, Tensor]:
+        """Make the leaves of this step; returns the parameters that they stand for."""
+        trained = {name: self.slots(name) for name in self.held if self.slots(name).requires_grad}
+        self.leaves = {name: local_of(held).detach().requires_grad_() for name, held in trained.items()}
+        return trained
+
     def _evaluate(self) -> Any:
         with torch.no_grad():
             self._prepare()
@@ -144,8 +173,7 @@ class PipelinedProgram:
 
     def _train(self) -> Any:
         assert self.pipeline.loss is not None
-        trained = {name: self.slots(name) for name in self.held if self.slots(name).requires_grad}
-        self.leaves = {name: local_of(held).detach().requires_grad_() for name, held in trained.items()}
+        trained = self._hold()
         self._prepare()
         results = self.engine.train(self.pipeline.schedule, self._tensor_number(self.pipeline.loss))
         self._reduce()

@@ -13,15 +13,16 @@ from torch import fx, nn
 from autoshard.constraints import Template, tensor_axis_of
 from autoshard.costs import CostModel
 from autoshard.dynamic_dims import Dynamic, LeafMarks, Marks
-from autoshard.errors import InputError
+from autoshard.errors import InputError, PlanError
 from autoshard.hardware import Hardware
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.pipeline import Pipelining
+from autoshard.pipeline_choice import choose
 from autoshard.placements import I, Layout, R, S
 from autoshard.plan import Plan
 from autoshard.program import Program
-from autoshard.resolving import run_and_keep
-from autoshard.runner import Pass
+from autoshard.resolving import Resolver, run_and_keep
+from autoshard.runner import Pass, run_passes
 from autoshard.torch_internals import pytree
 
 Inputs = Literal["global", "local"]
@@ -98,8 +99,8 @@ class Request:
     stage_ranks: tuple[int, ...] = ()
 
 
-def passes_for(request: Request) -> tuple[Pass, ...]:
-    """autoshard.passes.PASSES, each with its part of the request."""
+def passes_for(request: Request, microbatches: int | None = None, template: Template | None = None) -> tuple[Pass, ...]:
+    """autoshard.passes.PASSES, each with its part of the request. microbatches, template: in place of what is asked."""
     from autoshard.passes import (
         AnnotateShardings,
         CutStages,
@@ -116,14 +117,17 @@ def passes_for(request: Request) -> tuple[Pass, ...]:
 
     asked = request.settings
     is_whole = asked.outputs == "whole"
+    count = microbatches or asked.pipeline.microbatches or 1
+    has_stages = PIPELINE_AXIS in request.mesh.axes
+    budget = None if has_stages else asked.memory_budget_bytes  # of one rank: that of a stage, where there are stages
     return (
         TraceModel(request.model, request.args, request.kwargs, request.device, request.entry_layouts, request.dynamic),
         NormalizeGraph(),
         DrawWhole(asked.randomness),
         FoldConstants(),
-        SplitMicrobatches(request.mesh, asked.pipeline.microbatches or 1, asked.pipeline.batch),
+        SplitMicrobatches(request.mesh, count, asked.pipeline.batch),
         AnnotateShardings(
-            asked.hardware, asked.template, asked.constraints, request.fixed_parameters, asked.memory_budget_bytes, is_whole, asked.seed
+            asked.hardware, template or asked.template, asked.constraints, request.fixed_parameters, budget, is_whole, asked.seed
         ),
         InsertCollectives(asked.hardware, is_whole),
         LocalizeShapes(),
@@ -139,8 +143,27 @@ def make_plan(request: Request) -> Plan:
 
     asked = request.settings
     check_batch((request.args, request.kwargs), request.mesh.of_stage, asked.template, asked.inputs)
-    program, resolver = run_and_keep(passes_for(request), Program(fx.Graph(), request.mesh.of_stage), asked.dump_dir)
+    program, resolver = _run(request)
     for note in extrapolations(program, CostModel(request.mesh.of_stage, asked.hardware)) if asked.hardware.measured else ():
         program.note(note)
     name, constraints = type(request.model).__name__, dict(asked.constraints)
     return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, constraints, resolver)
+
+
+def _run(request: Request) -> tuple[Program, Resolver]:
+    from autoshard.passes import SplitMicrobatches
+
+    asked, start = request.settings, Program(fx.Graph(), request.mesh.of_stage)
+    if PIPELINE_AXIS not in request.mesh.axes:
+        return run_and_keep(passes_for(request), start, asked.dump_dir)
+    if asked.outputs != "whole" or asked.inputs != "global":
+        raise PlanError("with pipeline stages plain tensors are the whole batch and results are whole; leave out inputs= and outputs=")
+    passes = passes_for(request)
+    first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, SplitMicrobatches))
+
+    def rest(count: int, template: Template) -> tuple[Pass, ...]:
+        return passes_for(request, count, template)[first:]
+
+    before = run_passes(passes[:first], start, asked.dump_dir)
+    count = asked.pipeline.microbatches
+    return choose(before, rest, count, asked.template, request.mesh.stages, asked.dump_dir, first)

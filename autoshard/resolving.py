@@ -48,11 +48,11 @@ def copied(program: Program, sizes: Mapping[str, int] | None = None) -> Program:
     return new
 
 
-def run_and_keep(passes: Sequence[Pass], program: Program, dump_dir: str | None = None) -> tuple[Program, Resolver]:
-    """Run all passes, and keep what it takes to run those again that choose layouts."""
+def run_and_keep(passes: Sequence[Pass], program: Program, dump_dir: str | None = None, number: int = 0) -> tuple[Program, Resolver]:
+    """Run all passes, the first of which has `number`, and keep what it takes to run those again that choose layouts."""
     from autoshard.passes import AnnotateShardings
 
     first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, AnnotateShardings))
-    program = run_passes(passes[:first], program, dump_dir)
+    program = run_passes(passes[:first], program, dump_dir, number)
     kept = copied(program)
-    return run_passes(passes[first:], program, dump_dir, first), Resolver(kept, tuple(passes[first:]))
+    return run_passes(passes[first:], program, dump_dir, number + first), Resolver(kept, tuple(passes[first:]))

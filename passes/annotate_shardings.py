@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 from torch import fx
 
+from autoshard.autograd_saves import kept_values
 from autoshard.budget import fit
 from autoshard.budget_space import What, blocks_of, memory_of_plan
 from autoshard.candidates import Candidate, bound_rule
@@ -86,6 +87,8 @@ class AnnotateShardings:
 
     def _annotate(self, program: Program) -> Program:
         started = time.perf_counter()
+        if program.pipeline is not None:  # cut_stages asks, when conversions stand between
+            program.kept = kept_values(program) if program.is_training else None
         pins = self._pins(program, self.constraints)
         space = self._space(program, pins)
         problem, order = space.problem()

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoshard.autograd_saves import kept_values
 from autoshard.candidates import base, bound_rule, find_segmentations
 from autoshard.equations import Strategy, divides, strategies
 from autoshard.errors import InputError, PlanError
@@ -65,7 +64,6 @@ class SplitMicrobatches:
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
         inputs = {name: (name.removesuffix(_OF_ALL), cut.get(name)) for name in names}
         program.pipeline = Pipeline(self.mesh, count, inputs, splitter.rows, results, _loss(program))
-        program.kept = kept_values(program) if program.is_training else None
         return program
 
 
