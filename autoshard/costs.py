@@ -86,7 +86,9 @@ class CostModel:
     @cached_property
     def links(self) -> tuple[AxisLinks, ...]:
         """How each axis lies on the links."""
-        return tuple(axis_links(self.hardware, self.mesh.shape, axis) for axis in range(self.mesh.ndim))
+        whole = self.mesh.inside or self.mesh
+        known = ((whole.shape, whole.index(name)) if name in whole.axes else ((1,), 0) for name in self.mesh.axes)
+        return tuple(axis_links(self.hardware, shape, axis) for shape, axis in known)
 
     @cached_property
     def axis_rates(self) -> tuple[float, ...]:

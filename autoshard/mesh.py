@@ -9,7 +9,7 @@ import itertools
 import keyword
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +27,7 @@ class MeshSpec:
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
+    inside: MeshSpec | None = field(default=None, compare=False, repr=False)  # the mesh that these are axes of, whose links they ride on
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape) or not self.axes:
@@ -50,7 +51,7 @@ class MeshSpec:
         """The mesh of one pipeline stage: all axes but `pp`, or an axis `one` of a single rank where no other is."""
         kept = [(name, size) for name, size in zip(self.axes, self.shape, strict=True) if name != PIPELINE_AXIS]
         axes, shape = zip(*(kept or [("one", 1)]), strict=True)
-        return self if PIPELINE_AXIS not in self.axes else MeshSpec(axes, shape)
+        return self if PIPELINE_AXIS not in self.axes else MeshSpec(axes, shape, self)
 
     @property
     def stages(self) -> int:

@@ -34,12 +34,13 @@ from autoshard.conversions import COMMUNICATES
 from autoshard.costs import CostModel
 from autoshard.errors import AutoshardError, BudgetError, ConstraintError, InputError
 from autoshard.hardware import Hardware, hardware_of
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.ops.row import TensorInfo
-from autoshard.passes import AnnotateShardings, InsertCollectives, LocalizeShapes
+from autoshard.passes import AnnotateShardings, InsertCollectives, LocalizeShapes, SplitMicrobatches
+from autoshard.pipeline_timeline import simulate
 from autoshard.placements import Layout
 from autoshard.plan import Plan
-from autoshard.planner import Inputs, Outputs, Request, Settings, check_batch, entry_layout, passes_for
+from autoshard.planner import Inputs, Outputs, Request, Settings, check_batch, entry_layout, passes_for, plan_stages
 from autoshard.program import Program, facts
 from autoshard.runner import announce, pass_name, run_passes
 from autoshard.search_space import SearchSpace, Value
@@ -119,6 +120,7 @@ def search(
     devices: int,
     cluster: str | Hardware | None = None,
     max_axes: int = 2,
+    max_stages: int = 1,
     constraints: Mapping[str, str] | None = None,
     memory_budget_bytes: float | None = None,
     inputs: Inputs = "global",
@@ -128,15 +130,17 @@ def search(
 
     args, kwargs: global inputs, of which only shapes and dtypes are read. cluster: a hardware preset by name or an
     autoshard.Hardware; its nesting of links decides which orders of axes differ. max_axes: 1 to 3; a mesh of three axes takes
-    many times as long to plan as one of two. memory_budget_bytes: upper bound per rank, the device's memory if not given.
+    many times as long to plan as one of two. max_stages: the most pipeline stages, an axis pp before the others, to try; their
+    microbatches and schedules are chosen. memory_budget_bytes: upper bound per rank, the device's memory if not given.
     constraints, inputs, outputs: as in autoshard.compile; axes are called dp, then tp, and cp between them.
     Raises InputError; BudgetError when no mesh fits the budget; ConstraintError when none satisfies the constraints.
     """
     started = time.perf_counter()
     check_call(model, args)
-    for name, number, least, most in (("devices", devices, 1, None), ("max_axes", max_axes, 1, len(AXES))):
-        if type(number) is not int or number < least or (most is not None and number > most):
-            limits = f"{least} to {most}" if most is not None else f"{least} or more"
+    limited = {"devices": (devices, None), "max_axes": (max_axes, len(AXES)), "max_stages": (max_stages, None)}
+    for name, (number, most) in limited.items():
+        if type(number) is not int or number < 1 or (most is not None and number > most):
+            limits = f"1 to {most}" if most is not None else "1 or more"
             raise InputError(f"{name} is a whole number, {limits}; got {number!r}")
     hardware = hardware_of(cluster)
     budget = hardware.device.memory_bytes if memory_budget_bytes is None else memory_budget_bytes
@@ -144,8 +148,9 @@ def search(
     meshes = list(meshes_of(devices, hardware, max_axes))
     request = Request(model, tuple(args), dict(kwargs or {}), meshes[-1], settings)
     passes = passes_for(request)
-    first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, AnnotateShardings))
-    finder = _Search(request, run_passes(passes[:first], Program(fx.Graph(), meshes[-1])))
+    first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, SplitMicrobatches))
+    meshes += piped_meshes(devices, hardware, max_axes, max_stages)
+    finder = _Search(request, run_passes(passes[:first], Program(fx.Graph(), request.mesh)))
     rows = finder.rank(meshes)
     return MeshSearch(finder.finish(), rows, devices, time.perf_counter() - started)
 
@@ -171,6 +176,14 @@ def meshes_of(devices: int, hardware: Hardware, max_axes: int = 3) -> Iterator[M
             if key not in seen:
                 seen.add(key)
                 yield mesh
+
+
+def piped_meshes(devices: int, hardware: Hardware, max_axes: int, max_stages: int) -> Iterator[MeshSpec]:
+    """Meshes with 2 to `max_stages` pipeline stages, each on a mesh of what that leaves."""
+    for stages in range(2, min(max_stages, devices) + 1):
+        for inner in meshes_of(devices // stages, hardware, max_axes) if devices % stages == 0 else ():
+            alone = inner.size == 1
+            yield MeshSpec((PIPELINE_AXIS, *(() if alone else inner.axes)), (stages, *(() if alone else inner.shape)))
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,7 @@ class _Search:
     request: Request
     traced: Program
     best: Program | None = None
+    best_s: float = float("inf")
     errors: list[AutoshardError] = field(default_factory=list)
     _bounds: dict[object, float] = field(default_factory=dict)
 
@@ -222,8 +236,9 @@ class _Search:
         quick = sorted((self.bound_s(mesh), k, mesh) for k, mesh in enumerate(meshes)) if len(meshes) > 1 else [(0.0, 0, meshes[0])]
         for bound_s, _, mesh in quick:
             least = min((row.predicted_step_s for row in rows), default=float("inf"))
-            if bound_s < least < float("inf") and mesh.ndim > 2:
-                bound_s = max(bound_s, *(self.bound_s(mesh, (mesh.ndim - 1 - k,)) for k in range(mesh.ndim)))
+            if bound_s < least < float("inf") and mesh.of_stage.ndim > 2:
+                count = mesh.of_stage.ndim
+                bound_s = max(bound_s, *(self.bound_s(mesh, (count - 1 - k,)) for k in range(count)))
             if bound_s >= least:
                 rows.append(RankedMesh(mesh, "pruned", f"pruned: no plan below {human_seconds(bound_s)}", bound_s=bound_s))
             else:
@@ -235,6 +250,8 @@ class _Search:
 
     def row(self, mesh: MeshSpec, bound_s: float = 0.0) -> RankedMesh:
         """Search one mesh; its program is kept if it is the best so far."""
+        if PIPELINE_AXIS in mesh.axes:
+            return self._piped_row(mesh, bound_s)
         program = self.given(mesh)
         settings = self.request.settings
         passes = [a_pass for a_pass in passes_for(self.request) if isinstance(a_pass, _PLANNING)]
@@ -248,10 +265,30 @@ class _Search:
             self.errors.append(error)
             return RankedMesh(mesh, "refused", f"no plan: {_first_clause(error)}")
         costs, stats = CostModel(mesh, settings.hardware), program.stats
-        if self.best is None or stats["objective_s"] < self.best.stats["objective_s"]:
-            self.best = program
+        self._keep(program, stats["objective_s"])
         moved, terms = traffic(program, costs), seconds_by_term(program, costs)
         return RankedMesh(mesh, "planned", "", stats["objective_s"], stats["kept_bytes"], moved, terms, max(bound_s, stats["bound_s"]))
+
+    def _piped_row(self, mesh: MeshSpec, bound_s: float) -> RankedMesh:
+        """A mesh with pipeline stages, with the best microbatches and schedule that are found."""
+        settings = self.request.settings
+        request = replace(self.request, mesh=mesh)
+        try:
+            program = plan_stages(request, self.given(mesh.of_stage))
+        except AutoshardError as error:
+            self.errors.append(error)
+            return RankedMesh(mesh, "refused", f"no plan: {_first_clause(error)}")
+        costs, stats = CostModel(program.mesh, settings.hardware), program.stats
+        assert program.pipeline is not None
+        step_s = stats["pipeline_s"]
+        self._keep(program, step_s)
+        timeline = simulate(program.pipeline.schedule, program.pipeline.costs, program.pipeline.stage_ranks, program.pipeline.latency_s)
+        terms = {"bubble": timeline.bubble * step_s, "compute": (1 - timeline.bubble) * step_s}
+        return RankedMesh(mesh, "planned", "", step_s, stats["stage_bytes"], traffic(program, costs), terms, bound_s)
+
+    def _keep(self, program: Program, step_s: float) -> None:
+        if step_s < self.best_s:
+            self.best, self.best_s = program, step_s
 
     def given(self, mesh: MeshSpec) -> Program:
         """The traced program on a mesh, its inputs as the caller gives them."""
@@ -265,7 +302,7 @@ class _Search:
         """The best plan, checked and emitted."""
         assert self.best is not None
         asked, name = self.request.settings, type(self.request.model).__name__
-        program = run_passes(passes_for(self.request)[-1:], self.best)
+        program = self.best if self.best.stages else run_passes(passes_for(self.request)[-1:], self.best)
         return Plan(program, asked.hardware, name, asked.inputs, asked.outputs, asked.template, dict(asked.constraints))
 
     def bound_s(self, mesh: MeshSpec, apart: tuple[int, ...] = ()) -> float:
@@ -273,12 +310,13 @@ class _Search:
         hardware = self.request.settings.hardware
         if hardware.measured is not None and hardware.measured.ops:
             return 0.0  # measured seconds of some shapes say nothing of the seconds of their pieces
-        whole = CostModel(mesh, hardware)
+        whole = CostModel(mesh.of_stage, hardware)
+        count = whole.mesh.ndim
         if not apart:
-            groups: list[tuple[int, ...]] = [(axis,) for axis in range(mesh.ndim)]
+            groups: list[tuple[int, ...]] = [(axis,) for axis in range(count)]
         else:
-            groups = [apart, tuple(axis for axis in range(mesh.ndim) if axis not in apart)]
-        return sum(self._group_s(whole, group) for group in groups)
+            groups = [apart, tuple(axis for axis in range(count) if axis not in apart)]
+        return sum(self._group_s(whole, group) for group in groups) / mesh.stages  # stages share the work at best evenly
 
     def _group_s(self, whole: CostModel, axes: tuple[int, ...]) -> float:
         """The least seconds that a plan spends on some axes, a part of the compute included; 0 where they have no plan."""

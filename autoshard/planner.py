@@ -160,10 +160,20 @@ def _run(request: Request) -> tuple[Program, Resolver]:
         raise PlanError("with pipeline stages plain tensors are the whole batch and results are whole; leave out inputs= and outputs=")
     passes = passes_for(request)
     first = next(k for k, a_pass in enumerate(passes) if isinstance(a_pass, SplitMicrobatches))
+    return _stages(request, run_passes(passes[:first], start, asked.dump_dir), first)
+
+
+def plan_stages(request: Request, program: Program) -> Program:
+    """Plan a program that split_microbatches has not seen yet, on a mesh with pipeline stages; what is left open is chosen."""
+    from autoshard.passes import PASSES, SplitMicrobatches
+
+    return _stages(request, program, PASSES.index(SplitMicrobatches))[0]
+
+
+def _stages(request: Request, program: Program, first: int) -> tuple[Program, Resolver]:
+    asked = request.settings
 
     def rest(count: int, template: Template) -> tuple[Pass, ...]:
         return passes_for(request, count, template)[first:]
 
-    before = run_passes(passes[:first], start, asked.dump_dir)
-    count = asked.pipeline.microbatches
-    return choose(before, rest, count, asked.template, request.mesh.stages, asked.dump_dir, first)
+    return choose(program, rest, asked.pipeline.microbatches, asked.template, request.mesh.stages, asked.dump_dir, first)

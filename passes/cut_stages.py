@@ -65,6 +65,7 @@ class CutStages:
         facts(program.output).stage = len(lies) - 1
         program.pipeline = replace(pipeline, name=name, stage_ranks=lies, schedule=schedule, costs=result.costs, latency_s=link.latency_s)
         program.stats |= {"pipeline_s": result.total_s, "pipeline_bound_s": result.bound_s, "stage_balance": result.balance}
+        program.stats["stage_bytes"] = max(result.peak_bytes, default=0.0)  # of a rank: weights, and what is kept in flight
         program.stages = stage_programs(program)
         if not self.fixed:
             _compare(program, placed, link, result)
