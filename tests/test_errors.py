@@ -36,10 +36,6 @@ def fails(error: type[AutoshardError], text: str, call: Callable[[], Any]) -> No
 @pytest.mark.parametrize(
     ("mesh", "text"),
     [
-        (
-            "dp=2,pp=2",
-            "the axis 'pp' is reserved for pipeline stages, which are not supported yet; give its ranks to another axis, e.g. 'dp'",
-        ),
         ("2,4", "cannot read mesh '2,4'; write it like 'dp=2,tp=4'"),
         ("dp=2,dp=2", "mesh axis names must differ, got ('dp', 'dp')"),
         ({"a b": 2}, "mesh axis 'a b' is not a name; use letters, digits and underscores, e.g. 'dp'"),
@@ -294,7 +290,7 @@ def errors_on_ranks() -> dict[str, str]:
     meta = MLP().to("meta")
     found = {
         "names": caught(lambda: autoshard.compile(MLP(), DeviceMesh("cpu", [0, 1]))),
-        "pp": caught(lambda: autoshard.compile(MLP(), init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)))),
+        "pp": caught(lambda: autoshard.compile(MLP(), init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)))(torch.zeros(4, 8))),
         "part of the world": caught(lambda: autoshard.compile(MLP(), DeviceMesh("cpu", [1], mesh_dim_names=("dp",)))) if rank == 0 else "",
         "values": caught(lambda: compiled()(torch.full((4, 8), float(rank)))),
         "weights": caught(lambda: compiled(seed=rank)(torch.zeros(4, 8))),
@@ -341,7 +337,7 @@ def state_dict_errors(mesh: DeviceMesh) -> dict[str, str]:
 
 ON_BOTH = {
     "names": "MeshError: the mesh has no axis names; build it with init_device_mesh('cpu', (2,), mesh_dim_names=('dp', ...))",
-    "pp": "MeshError: the axis 'pp' is reserved for pipeline stages",
+    "pp": "PlanError: a pipeline needs the loss inside the model\nclass WithLoss(nn.Module)",
     "values": "InputError: ranks disagree on the values of arguments, stopped before the first step: ranks 0 have \n; ranks 1 have \n"
     "seed the data loader alike, or pass inputs='local' when each rank loads its own part",
     "weights": "InputError: ranks disagree on the values of parameters, stopped before the first step: ranks 0 have \n; ranks 1 have \n"
