@@ -33,11 +33,10 @@ from autoshard.timeline import Timeline, timeline_of
 from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
-    import graphviz
-
     from autoshard.cost_report import CostReport
     from autoshard.explanation import Explanation
     from autoshard.module import ShardedModule
+    from autoshard.pictures import Picture
     from autoshard.plan_diff import PlanDiff
     from autoshard.why import Why
 
@@ -151,8 +150,12 @@ class Plan:
         """
         return memory_of(self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name)
 
-    def graph(self, level: str = "modules") -> graphviz.Digraph:
-        """The partitioned graph as a graphviz.Digraph; `level` is "modules" or "ops"."""
+    def graph(self, level: str = "modules") -> Picture:
+        """The partitioned graph as a graphviz.Digraph, with a tooltip on every node.
+
+        level: "modules": a card per module, repeated layers drawn once; "layer": one of the repeated layers in full; "ops": every node,
+        as far as 500 reach. `.source` is the DOT text, `.render(outfile="plan.svg")` needs Graphviz's `dot`. Raises InputError.
+        """
         from autoshard.pictures import draw
 
         return draw(self.program, level, CostModel(self.mesh, self.hardware))  # type: ignore[arg-type]

@@ -13,6 +13,8 @@ FILES = sorted(
         *ROOT.glob("autoshard/*.py"),
         *ROOT.glob("autoshard/cli/*.py"),
         *ROOT.glob("autoshard/ops/*.py"),
+        *ROOT.glob("autoshard/pictures/*.py"),
+        *ROOT.glob("autoshard/report/*.py"),
         *ROOT.glob("autoshard/runtime/*.py"),
         *ROOT.glob("passes/*.py"),
         *ROOT.glob("examples/*.py"),
