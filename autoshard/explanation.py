@@ -198,7 +198,7 @@ def _prefixes(rows: Sequence[CostRow]) -> set[tuple[str, ...]]:
 
 def _communications(program: Program, report: CostReport) -> tuple[tuple[Communication, ...], float]:
     """The dearest collectives, those of repeated layers together, and the seconds of the others."""
-    nodes = {facts(n).name if facts(n).role == "parameter" else n.name: n for n in program.graph.nodes}
+    nodes = nodes_of_rows(program)
     groups: dict[str, list[CostRow]] = {}
     for row in report.rows:
         if row.is_per_step and row.axis:
@@ -208,19 +208,29 @@ def _communications(program: Program, report: CostReport) -> tuple[tuple[Communi
         labels = dict.fromkeys(row.label for row in rows)
         count = max(sum(row.times for row in rows if row.label == label) for label in labels)
         seconds, sent = sum(row.total_s for row in rows), sum(row.wire_bytes for row in rows)
-        found.append(Communication(" and ".join(labels), count, seconds, sent, _why(program, nodes[rows[0].node], rows[0])))
+        found.append(Communication(" and ".join(labels), count, seconds, sent, why_sent(program, nodes[rows[0].node], rows[0])))
     found.sort(key=lambda row: -row.seconds)
     return tuple(found[:_MOST_SENT]), sum(row.seconds for row in found[_MOST_SENT:])
 
 
-def _why(program: Program, node: fx.Node, row: CostRow) -> str:
+def reason_of(conversion: str, is_parameter: bool) -> str:
+    """Why such a conversion stands behind a parameter, or behind another value."""
+    return _REASONS.get((is_parameter, conversion), _REASONS.get((False, conversion), conversion))
+
+
+def nodes_of_rows(program: Program) -> dict[str, fx.Node]:
+    """What the rows of a CostReport call a node -> the node: parameters by their names in the model."""
+    return {facts(n).name if facts(n).role == "parameter" else n.name: n for n in program.graph.nodes}
+
+
+def why_sent(program: Program, node: fx.Node, row: CostRow) -> str:
     """Which layouts meet at a collective."""
     if facts(node).role != "conversion":
         split = [f"{s.factor}@{axis}" for axis, s in zip(program.mesh.axes, facts(node).strategies, strict=True) if s.factor]
         return f"inside {fold_name(node.name)} ({op_name(node)}), whose work is split ({', '.join(split)})"
     source, before = source_of_value(node), node.args[0]
     is_parameter = facts(source).role == "parameter"
-    reason = _REASONS.get((is_parameter, row.op), _REASONS.get((False, row.op), row.op))
+    reason = reason_of(row.op, is_parameter)
     readers = list(dict.fromkeys(fold_name(reader.name) for reader in readers_of(node)))
     more = f" and {len(readers) - 1} more" if len(readers) > 1 else ""
     axis = program.mesh.index(row.axis)

@@ -182,6 +182,24 @@ class Plan:
             table.add_row(f"sent per step by {collective}", "", "", human_bytes(count))
         return table
 
+    def report(
+        self, path: str | Path = "report.html", memory: bool = False, alternatives: bool | Sequence[str] = False, other: Plan | None = None
+    ) -> Path:
+        """Write one HTML file, to be opened without network: words, tables, charts and pictures of this plan. Returns its path.
+
+        memory: with the memory of a rank over the step, which takes seconds. alternatives: templates to solve for and to price beside
+        this plan, a search each, or True for all. other: a plan to compare with. The graph is drawn by Graphviz's `dot` if there is one.
+        Raises InputError for unknown templates and for a path that cannot be written.
+        """
+        from autoshard.report import write
+
+        return write(self, path, memory, alternatives, other)
+
+    def _repr_html_(self) -> str:
+        from autoshard.report import notebook_html
+
+        return notebook_html(self)
+
     def __repr__(self) -> str:
         return f"Plan({self.model_name} on {self.mesh}, {self.template}, {len(self.program.graph.nodes)} nodes)"
 

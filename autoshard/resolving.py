@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from autoshard.constraints import Template
 from autoshard.instantiation import instantiate
 from autoshard.placements import Layout
 from autoshard.program import Program, example_sizes
@@ -21,16 +23,18 @@ class Resolver:
     program: Program
     passes: tuple[Pass, ...]
 
-    def solve(self, overrides: Mapping[str, str] | None = None, sizes: Mapping[str, int] | None = None) -> Program:
+    def solve(
+        self, overrides: Mapping[str, str] | None = None, sizes: Mapping[str, int] | None = None, template: Template | None = None
+    ) -> Program:
         """The program with `overrides` in place of what else is asked of the values they name, at other `sizes`; without source text.
 
-        Raises ConstraintError and BudgetError as planning does.
+        template: in place of the one that the plan was made under. Raises ConstraintError and BudgetError as planning does.
         """
         from autoshard.passes import AnnotateShardings, EmitPrograms
 
-        asked = dict(overrides or {})
+        asked: dict[str, Any] = {"overrides": dict(overrides or {}), **({"template": template} if template else {})}
         kept = (a_pass for a_pass in self.passes if not isinstance(a_pass, EmitPrograms))
-        passes = [replace(a_pass, overrides=asked) if isinstance(a_pass, AnnotateShardings) else a_pass for a_pass in kept]
+        passes = [replace(a_pass, **asked) if isinstance(a_pass, AnnotateShardings) else a_pass for a_pass in kept]
         return run_passes(passes, copied(self.program, sizes))
 
     @property

@@ -221,7 +221,9 @@ def test_a_layer_is_drawn_in_full() -> None:
     ops = {node.name for node in program.nodes("op") if facts(node).source.module.startswith("blocks.0") and not is_view(node)}
     assert ops <= set(shown)
     assert not any(name.startswith(("blocks_1", "blocks_2")) for name in shown)
-    assert [label.strip(" >").split() for name, label in shown.items() if name.endswith(" out")] == [["to", "the", "next", "layer,", "norm"]]
+    assert [label.strip(" >").split() for name, label in shown.items() if name.endswith(" out")] == [
+        ["to", "the", "next", "layer,", "norm"]
+    ]
     assert any("from" in label for name, label in shown.items() if name.endswith(" in"))
 
 

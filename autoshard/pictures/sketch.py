@@ -76,8 +76,11 @@ class Sketch:
         return mark
 
     def _title(self) -> str:
-        mesh, step_s = self.program.mesh, self.program.stats.get("objective_s")
-        first = f"mesh {mesh}, {mesh.size} ranks" + (f", predicted step {human_seconds(step_s)}" if step_s else "")
+        mesh = self.program.mesh
+        first = f"mesh {mesh}, {mesh.size} ranks"
+        if "objective_s" in self.program.stats:
+            step_s = sum(row.total_s for row in self.pricer.rows() if row.is_per_step)
+            first += f", predicted step {human_seconds(step_s)}, nothing overlapped"
         moved = traffic(self.program, self.costs)
         sent = [f"{name.replace('_', '-')} {human_bytes(count)}" for name, count in moved.items()]
         rows = [text(first, size=15, is_bold=True), text(f"a rank sends per step: {', '.join(sent) or 'nothing'}", PALE)]
