@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -119,16 +120,23 @@ def opened_modules(homes: Mapping[fx.Node, str], folding: Folding) -> set[str]:
         children.setdefault(parent(path), []).append(path)
     own = set(drawn)
     opened, cards = {""}, len(children.get("", ())) + ("" in own)
-    layers = folding.copies or [layer_of(homes, folding)]
-    for is_wanted, most in ((_leads_to(layers), _MOST_CARDS_OF_LAYERS), (set(children), _MOST_CARDS)):
-        closed = {path for path in is_wanted if path and path in children}
-        while ready := [path for path in closed if parent(path) in opened and path not in opened]:
-            path = min(ready, key=lambda path: (path.count(".") if most == _MOST_CARDS_OF_LAYERS else 0, -sizes[path]))
-            closed.remove(path)
+    layers = _leads_to(folding.copies or [layer_of(homes, folding)])
+
+    def open_under(roots: Iterable[str], most: int, is_wanted: Callable[[str], bool], rank: Callable[[str], tuple]) -> None:
+        nonlocal cards
+        ready = [(rank(path), path) for root in roots for path in children.get(root, ()) if is_wanted(path) and path not in opened]
+        heapq.heapify(ready)
+        while ready:
+            _, path = heapq.heappop(ready)
             more = len(children[path]) + (path in own) - 1
             if cards + more <= most:
                 opened.add(path)
                 cards += more
+                for child in filter(is_wanted, children[path]):
+                    heapq.heappush(ready, (rank(child), child))
+
+    open_under([""], _MOST_CARDS_OF_LAYERS, lambda path: path in layers and path in children, lambda path: (path.count("."), -sizes[path]))
+    open_under(sorted(opened), _MOST_CARDS, lambda path: path in children, lambda path: (-sizes[path],))
     return opened
 
 

@@ -84,7 +84,8 @@ def _head(name: str) -> Markup:
 def _cell(cell: Cell) -> Markup:
     if isinstance(cell, Quantity):
         return element("td", cell.shown, class_="number", data_v=repr(float(cell.value)))
-    return element("td", cell)
+    is_sentence = not isinstance(cell, Markup) and len(cell) > 40
+    return element("td", cell, **({"class_": "sentence"} if is_sentence else {}))
 
 
 def code(text: str) -> Markup:
