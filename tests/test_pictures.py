@@ -14,7 +14,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from models import EXAMPLES, GPT
+from random_graphs import Graph, graphs
 from torch import fx, nn
 
 import autoshard
@@ -29,7 +32,7 @@ from autoshard.ops.row import TensorInfo
 from autoshard.passes import NormalizeGraph, TraceModel
 from autoshard.passes.insert_collectives import insert_conversion
 from autoshard.pictures import draw
-from autoshard.pictures.grouping import is_view
+from autoshard.pictures.grouping import Groups, is_view
 from autoshard.placements import I, R
 from autoshard.program import Facts, Program, Source, facts, set_facts
 from autoshard.runner import run_passes
@@ -183,6 +186,45 @@ def test_pictures_are_acyclic(name: str, seed: int | None, level: str) -> None:
         kept = [pair for pair in pairs if pair[0] in {target for _, target in pairs}]
         assert len(kept) < len(pairs), f"a cycle within {pairs}"
         pairs = kept
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_groups_join_exactly_where_the_picture_stays_acyclic(data: st.DataObject) -> None:
+    """On random graphs, against a search for a path from a group to the node that leaves the group."""
+    graph, nodes = fx.Graph(), list[fx.Node]()
+    for k in range(data.draw(st.integers(2, 14))):
+        reads = data.draw(st.lists(st.sampled_from(nodes), max_size=3, unique=True)) if nodes else []
+        nodes.append(graph.call_function(torch.add, tuple(reads)) if reads else graph.placeholder(f"x{k}"))
+    groups = Groups({})
+    for node in nodes:
+        head = data.draw(st.sampled_from([None, *groups.members]))
+        if head is None:
+            groups.add(node)
+            continue
+        before = {(groups.head[o], groups.head[n]) for n in groups.head for o in n.all_input_nodes} - {(h, h) for h in groups.members}
+        reached, stack = set[fx.Node](), [o for o in groups.operands(node) if o is not head]
+        while stack:
+            one = stack.pop()
+            reached.add(one)
+            stack += [source for source, target in before if target is one and source not in reached]
+        assert groups.join(head, node) == (head not in reached)
+        if node not in groups.head:
+            groups.add(node)
+    assert sorted(n.name for members in groups.members.values() for n in members) == sorted(n.name for n in nodes)
+
+
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+@given(graphs(8), st.integers(0, 9999))
+def test_random_models_are_drawn(graph: Graph, seed: int) -> None:
+    """Every collective that a random plan makes is told at every level."""
+    program = planned(graph.model(), (), graph.arguments(), options=autoshard.Options(seed=seed))
+    rows = [row for row in Pricer(program, CostModel(program.mesh, PRESETS["h100"])).rows() if row.axis and row.is_per_step]
+    for level in ("modules", "ops"):
+        source = draw(program, level).source  # type: ignore[arg-type]
+        told = set(re.findall(r"(all-gather|reduce-scatter|all-reduce|all-to-all|rotate) @(\w+)  (?:fwd|bwd)", source))
+        assert told == {(row.kind.replace("_", "-"), row.axis) for row in rows}
+        assert level != "ops" or source.count("label=<") > sum(1 for _ in program.nodes())
 
 
 def test_a_closed_module_is_one_card() -> None:

@@ -21,7 +21,7 @@ from autoshard.text import describe_value, human_bytes, human_seconds
 from autoshard.traffic import traffic
 
 _SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy"}
-_MOST_VALUES, _MOST_PARAMETERS, _MOST_TIPS, _MOST_READERS = 3, 10, 12, 16
+_MOST_VALUES, _MOST_PARAMETERS, _MOST_TIPS, _MOST_READERS = 3, 8, 12, 16
 Drawn = tuple[str, dict[str, str]]  # a label and the node's attributes
 Sends = dict[tuple[str, str], list[float]]  # kind and axis -> times, bytes and seconds forward, then the same backward
 

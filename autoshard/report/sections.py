@@ -216,9 +216,9 @@ def timeline(subject: Subject) -> Markup:
 def memory(subject: Subject) -> Markup:
     """Bytes over the step, against what the device has and what was allowed."""
     device = subject.plan.hardware.device
-    limits = {f"memory of {device.name}, {human_bytes(device.memory_bytes)}": device.memory_bytes}
+    limits = {f"the memory of {device.name}, {human_bytes(device.memory_bytes)}": device.memory_bytes}
     if subject.budget_bytes is not None:
-        limits[f"budget, {human_bytes(subject.budget_bytes)}"] = subject.budget_bytes
+        limits[f"the budget, {human_bytes(subject.budget_bytes)}"] = subject.budget_bytes
     try:
         found = subject.memory
     except PlanError as error:
@@ -231,7 +231,7 @@ def memory(subject: Subject) -> Markup:
     where = f"{peak.phase}, {peak.node or 'the step'}" + (f" in {peak.module}" if peak.module else "")
     words = f"At most {human_bytes(found.peak_bytes)} at once ({where}), with {found.optimizer}"
     words += f"; with fragmentation {human_bytes(found.reserved_bytes)} reserved." if found.margin_bytes else "."
-    against = [f"{name}: {found.reserved_bytes / limit:.0%} of it." for name, limit in limits.items() if limit]
+    against = [f"That is {found.reserved_bytes / limit:.1%} of {name}." for name, limit in limits.items() if limit]
     rows: list[list[Cell]] = [[kind, nbytes(size), share(size, found.peak_bytes)] for kind, size in found.at_peak.items() if size]
     held = sorted(found.at_peak_by_module.items(), key=lambda item: -sum(item[1].values()))
     folded: dict[str, int] = {}
