@@ -349,11 +349,6 @@ def test_pictures_take_graphviz(saved: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert run(f"show {saved} --graph plan.gv").status == 0
 
 
-def test_reports_may_be_missing(saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Plan, "report", raising=False)
-    assert refused(f"report {saved}").startswith("this version of autoshard writes no reports")
-
-
 def test_faults_are_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*args: object, **kwargs: object) -> None:
         raise KeyError("a fault")

@@ -23,8 +23,9 @@ import autoshard
 from autoshard import Plan, report
 from autoshard.errors import InputError
 from autoshard.memory import Point
+from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.program import facts
-from autoshard.report.charts import busy_shares, thinned
+from autoshard.report.charts import busy_shares, lanes, thinned
 from autoshard.report.markup import Quantity, element, escape, paragraph, table
 from autoshard.report.sections import SECTIONS, Section
 from autoshard.text import fold_name, human_bytes, human_seconds
@@ -191,6 +192,17 @@ def test_memory_that_cannot_be_predicted_is_said(tmp_path: Path) -> None:
     next(plan.program.nodes("parameter")).meta["autoshard"].name = "renamed"
     page = Page(plan.report(tmp_path / "report.html", memory=True).read_text())
     assert any("memory of this step cannot be predicted" in text for text in page.texts)
+
+
+def test_pipelines_have_reports(tmp_path: Path) -> None:
+    """A row per rank of `pp`, the bubble, and a sentence in place of templates."""
+    plan = autoshard.plan(GPT(4), "pp=2,dp=2", *EXAMPLES["gpt"].batch(0), hardware="h100")
+    timeline = plan.timeline()
+    assert isinstance(timeline, PipelineTimeline)
+    page = Page(plan.report(tmp_path / "report.html", alternatives=True).read_text())
+    assert {"rank 0 of pp", "rank 1 of pp", f"{timeline.bubble:.1%}"} <= set(page.texts)
+    assert any("pipeline stages" in text for text in page.texts)
+    assert [len(row) for row in lanes(timeline).values()] == [sum(e.rank == rank for e in timeline.events) for rank in range(2)]
 
 
 def test_bad_arguments_are_refused(plan: Plan, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import graphviz
 from rich.console import RenderableType
 
 from autoshard.cli.command import FINE, NO, Command
@@ -32,7 +31,9 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("in place of the table")
     group.add_argument("--source", action="store_true", help="the text of the program that each rank runs")
     group.add_argument("--graph", metavar="FILE", help="draw the graph into a file: .svg, .png, .pdf (these need Graphviz), .gv")
-    group.add_argument("--level", choices=("modules", "ops"), default="modules", help="how much the graph shows (default: modules)")
+    group.add_argument(
+        "--level", choices=("modules", "layer", "ops"), default="modules", help="how much the graph shows (default: modules)"
+    )
     group.add_argument("--memory", action="store_true", help="predicted bytes of a rank over a training step with AdamW")
 
 
@@ -71,7 +72,7 @@ def _draw(plan: Plan, path: Path, level: str) -> None:
     graph, kind = plan.graph(level), _FORMATS[path.suffix]
     try:
         path.write_bytes(graph.pipe(format=kind) if kind else graph.source.encode())
-    except graphviz.ExecutableNotFound as error:
+    except InputError as error:  # no dot
         raise InputError(
             f"drawing {path} takes Graphviz's program dot, which is not on PATH: apt-get install graphviz, or write "
             f"{path.with_suffix('.gv')}, which needs none"
@@ -131,14 +132,11 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 def run_report(asked: argparse.Namespace, screen: Screen) -> int:
     """Write a report of a plan."""
-    write_report = getattr(Plan, "report", None)
-    if write_report is None:
-        raise InputError("this version of autoshard writes no reports; autoshard explain and autoshard show say what they would hold")
     check_writable(asked.out, "report.html")
     plan = plan_of(asked, screen)
     try:
         with screen.working("write the report"):
-            path = write_report(plan, asked.out)
+            path = plan.report(asked.out)
     except OSError as error:
         raise unwritable(asked.out, error) from error
     screen.answer({"report": path}, f"written as {path}")

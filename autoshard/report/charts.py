@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from autoshard.memory import KINDS, Point
+from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.report.markup import Markup, element, escape, joined
 from autoshard.text import human_bytes, human_seconds
-from autoshard.timeline import Event, Timeline
+from autoshard.timeline import Event, Phase, Timeline
 
 _WIDTH, _BINS, _MOST_EVENTS = 1000, 500, 400
 _LEFT, _ROW = 96, 34
@@ -46,18 +47,32 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 # ------------------------------------------------------------------------------------------------------------- timeline
 
 
-def timeline_chart(timeline: Timeline) -> Markup:
+_KINDS: dict[str, Phase] = {"F": "forward", "once": "forward"}  # of a pipeline's actions; the others are parts of backward
+
+
+def lanes(timeline: Timeline | PipelineTimeline) -> dict[str, list[Event]]:
+    """Events by the row that they are drawn in: a stream, or with pipeline stages a rank of `pp`."""
+    if isinstance(timeline, PipelineTimeline):
+        found: dict[str, list[Event]] = {f"rank {rank} of pp": [] for rank in range(len(timeline.busy_s))}
+        for one in timeline.events:
+            row, kind = f"rank {one.rank} of pp", _KINDS.get(one.kind, "backward")
+            found[row].append(Event(row, str(one), f"stage {one.stage}", one.start_s, one.end_s, kind))
+        return found
+    names = {stream: f"sent @{stream}" if k else stream for k, stream in enumerate(timeline.busy_s)}
+    return {name: [event for event in timeline.events if event.stream == stream] for stream, name in names.items()}
+
+
+def timeline_chart(timeline: Timeline | PipelineTimeline) -> Markup:
     """A row per stream. Few events are drawn one by one, many as how busy a stream is in each of 500 intervals, by phase."""
-    streams = list(timeline.busy_s)
+    rows = lanes(timeline)
     total, span = timeline.total_s or 1.0, _WIDTH - _LEFT
     parts: list[str] = []
-    for row, stream in enumerate(streams):
+    for row, (name, events) in enumerate(rows.items()):
         top = row * _ROW + 4
-        parts.append(_text(0, top + 17, stream if row == 0 else f"sent @{stream}"))
+        parts.append(_text(0, top + 17, name))
         parts.append(Markup(f'<rect x="{_LEFT}" y="{top}" width="{span}" height="{_ROW - 8}" class="lane"/>'))
-        events = [event for event in timeline.events if event.stream == stream]
         parts += _single(events, total, top) if len(timeline.events) <= _MOST_EVENTS else _binned(events, total, top)
-    bottom = len(streams) * _ROW + 4
+    bottom = len(rows) * _ROW + 4
     for k in range(5):
         x = _LEFT + span * k / 4
         anchor = "start" if k == 0 else "end" if k == 4 else "middle"
@@ -164,9 +179,9 @@ def memory_legend(curve: Sequence[Point]) -> Markup:
     return legend({kind: f"kind-{k}" for k, kind in enumerate(KINDS) if any(point.by_kind[k] for point in curve)})
 
 
-def phase_legend(timeline: Timeline) -> Markup:
+def phase_legend(timeline: Timeline | PipelineTimeline) -> Markup:
     """The phases that the timeline shows."""
-    return legend({phase: f"phase-{phase}" for phase in dict.fromkeys(event.kind for event in timeline.events)})
+    return legend({phase: f"phase-{phase}" for phase in dict.fromkeys(e.kind for events in lanes(timeline).values() for e in events)})
 
 
 def columns(*parts: str) -> Markup:

@@ -26,6 +26,8 @@ def alternatives(subject: Subject) -> Markup:
         )
     if plan.resolver is None:
         return paragraph("This plan was read from a file, which does not hold what it takes to solve for templates.", "note")
+    if plan.program.pipeline is not None:
+        return paragraph("Templates are not priced beside pipeline stages; autoshard.search compares meshes and stages.", "note")
     before = subject.timeline.total_s
     rows = [_row(subject, f"this plan ({plan.template})", plan.program, before)]
     failed = []

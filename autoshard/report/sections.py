@@ -14,6 +14,7 @@ from autoshard.cost_report import CostRow, source_of_value
 from autoshard.costs import CostModel
 from autoshard.errors import PlanError
 from autoshard.explanation import nodes_of_rows, reason_of, why_sent
+from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.placements import format_layout, local_shape
 from autoshard.plan_diff import value_texts
 from autoshard.program import facts
@@ -24,6 +25,7 @@ from autoshard.report.markup import Cell, Markup, code, count, element, joined, 
 from autoshard.report.subject import Subject
 from autoshard.symbolic import short
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
+from autoshard.timeline import Timeline
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -44,12 +46,11 @@ class Section:
 def summary(subject: Subject) -> Markup:
     """The plan in words and in a few numbers."""
     plan, timeline = subject.plan, subject.timeline
-    exposed = sum(timeline.exposed_s.values())
     held = sum(subject.costs.local_bytes(facts(node).value, facts(node).layout) for node in plan.program.parameters().values())
     sent = sum(row.wire_bytes for row in subject.cost.rows if row.is_per_step)
     figures = {
         "predicted step": human_seconds(timeline.total_s),
-        "of it waiting for collectives": human_seconds(exposed) if exposed else "nothing",
+        **_waiting(timeline),
         "a rank sends per step": human_bytes(sent),
         "parameters on a rank": human_bytes(held),
     }
@@ -60,6 +61,13 @@ def summary(subject: Subject) -> Markup:
     to_know = joined([element("h3", "To know"), notes]) if subject.explanation.fallbacks else ""
     caveat = paragraph("Every number is predicted by the cost model, per rank and step, at the sizes of the example inputs.", "note")
     return joined([element("dl", *tiles, class_="tiles"), *map(paragraph, subject.explanation.summary), to_know, caveat])
+
+
+def _waiting(timeline: Timeline | PipelineTimeline) -> dict[str, str]:
+    if isinstance(timeline, PipelineTimeline):
+        return {"ranks stand idle (bubble)": f"{timeline.bubble:.1%}"}
+    exposed = sum(timeline.exposed_s.values())
+    return {"of it waiting for collectives": human_seconds(exposed) if exposed else "nothing"}
 
 
 def modules(subject: Subject) -> Markup:
@@ -205,8 +213,12 @@ def _look(label: str, axes: Sequence[str]) -> str:
 def timeline(subject: Subject) -> Markup:
     """What runs when."""
     found = subject.timeline
-    waits = [f"{human_seconds(spent)} for @{axis}" for axis, spent in found.exposed_s.items() if spent]
-    words = f"One step takes {human_seconds(found.total_s)}; compute waits {', '.join(waits) or 'for nothing'}."
+    if isinstance(found, PipelineTimeline):
+        said = f"ranks stand idle for {found.bubble:.1%} of it; rows are ranks of pp."
+    else:
+        waits = [f"{human_seconds(spent)} for @{axis}" for axis, spent in found.exposed_s.items() if spent]
+        said = f"compute waits {', '.join(waits) or 'for nothing'}."
+    words = f"One step takes {human_seconds(found.total_s)}; {said}"
     hint = "plan.timeline().to_chrome_trace(path) writes every event for chrome://tracing and ui.perfetto.dev."
     return joined(
         [paragraph(words), element("div", charts.timeline_chart(found), class_="wide"), charts.phase_legend(found), paragraph(hint, "note")]

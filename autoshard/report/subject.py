@@ -10,6 +10,7 @@ from autoshard.cost_report import CostReport
 from autoshard.costs import CostModel
 from autoshard.explanation import Explanation
 from autoshard.memory import Memory
+from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Subject:
         return self.plan.explain()
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def timeline(self) -> Timeline | PipelineTimeline:
         return self.plan.timeline()
 
     @cached_property
