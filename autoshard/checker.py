@@ -58,6 +58,7 @@ from autoshard.program import (
     tensor_operands,
 )
 from autoshard.regions import comes_from_parameter
+from autoshard.stage_checker import stage_faults
 
 
 def check(program: Program) -> None:
@@ -71,7 +72,7 @@ def check(program: Program) -> None:
             faults += found
             if key is not None and not found:
                 sound.add(key)
-    faults += [*_region_faults(program), *branch_faults(program)]
+    faults += [*_region_faults(program), *branch_faults(program), *stage_faults(program)]
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")

@@ -22,12 +22,14 @@ from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
 from autoshard.memory import Memory, device_type_of, memory_of
 from autoshard.mesh import MeshSpec
 from autoshard.ops.row import TensorInfo
+from autoshard.pipeline_file import pipeline_body
 from autoshard.pipeline_timeline import PipelineTimeline, simulate
 from autoshard.placements import Layout, format_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer
 from autoshard.resolving import Resolver
+from autoshard.stages import stage_programs
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
 from autoshard.timeline import Timeline, timeline_of
 from autoshard.traffic import traffic
@@ -130,8 +132,10 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the emitted program and its inputs; equal on ranks that will run the same thing."""
-        return plan_file.digest([self.program.source, str(self.mesh), str(self.program.in_spec), self.program.flat_inputs])
+        """Digest of the emitted program, its inputs and its pipeline; equal on ranks that will run the same thing."""
+        pipeline = [] if self.program.pipeline is None else [pipeline_body(self.program.pipeline)]
+        read = [self.program.source, str(self.mesh), str(self.program.in_spec), self.program.flat_inputs]
+        return plan_file.digest([*read, *pipeline])
 
     # ------------------------------------------------------------------------------------------------------ to read
 
@@ -225,6 +229,9 @@ class Plan:
         try:
             program.leaves_whole = body["outputs"] == "whole"
             check(program)
+            if program.pipeline is not None:
+                program.stages = stage_programs(program)
+                check(program)
             hardware = Hardware.from_dict(body["hardware"])
             plan = cls(program, hardware, body["model_name"], body["inputs"], body["outputs"], body["template"], body["constraints"])
             EmitPrograms(plan.model_name)(program)

@@ -27,13 +27,14 @@ from autoshard.errors import AutoshardError, PlanError
 from autoshard.mesh import MeshSpec
 from autoshard.ops import RULES
 from autoshard.ops.row import TensorInfo
+from autoshard.pipeline_file import check_stage, pipeline_body, read_pipeline
 from autoshard.placements import Placement, format_layout, parse_layout
 from autoshard.plan_schema import FUNCTIONS, check_body, check_cond, check_facts, check_node, check_spec, check_symbols, require
 from autoshard.program import Facts, Program, Source, facts, set_facts
 from autoshard.symbolic import Real, Size, Symbol, evaluate, parse
 from autoshard.torch_internals import pytree
 
-VERSION = 2
+VERSION = 3
 _FACTORIES = {
     f"aten.{name}"
     for name in [
@@ -103,6 +104,7 @@ def _program(program: Program) -> dict[str, Any]:
         "stats": program.stats,
         "constants": {name: _tensor(value) for name, value in program.constants.items()},
         "symbols": [dataclasses.asdict(symbol) for symbol in program.symbols.values()],
+        "pipeline": None if program.pipeline is None else pipeline_body(program.pipeline),
         "nodes": [_node(node, program.mesh) for node in program.graph.nodes],
     }
 
@@ -134,10 +136,12 @@ def _read_program(body: dict[str, Any]) -> Program:
         )
         known[entry["name"]] = node
         check_facts(entry["facts"], mesh)
+        check_stage(entry["facts"]["stage"], body["pipeline"])
         set_facts(node, _read_facts(entry["facts"], mesh, program.symbols))
         check_node(node.op, node.target, node.kwargs, facts(node), mesh)
         if node.target in (runtime.either, runtime.zero_gradients):
             check_cond(node.target, node.args)
+    program.pipeline = None if body["pipeline"] is None else read_pipeline(body["pipeline"], program)
     program.is_typed = program.is_localized = True
     return program
 
@@ -260,6 +264,7 @@ def _facts(known: Facts, mesh: MeshSpec) -> dict[str, Any]:
         "autocast": [[region.device, str(region.dtype).removeprefix("torch.")] for region in known.autocast],
         "recompute": known.recompute,
         "branch": known.branch,
+        "stage": known.stage,
         "source": [_one_line(part) for part in dataclasses.astuple(known.source)],
     }
     for name in ("name", "site", "is_constant", "is_persistent", "is_pinned", "is_drawn_whole"):
@@ -283,7 +288,7 @@ def _read_facts(body: dict[str, Any], mesh: MeshSpec, symbols: Mapping[str, Symb
     known.op = None if body["op"] is None else _read_op(body["op"])
     known.random_axes = None if body["random_axes"] is None else tuple(body["random_axes"])
     known.autocast = tuple(Autocast(device, _dtype(dtype)) for device, dtype in body["autocast"])
-    known.recompute, known.is_drawn_whole = body["recompute"], body["is_drawn_whole"]
+    known.recompute, known.is_drawn_whole, known.stage = body["recompute"], body["is_drawn_whole"], body["stage"]
     known.branch = tuple((number, side) for number, side in body["branch"])
     known.site, known.is_constant, known.is_persistent, known.is_pinned = (
         body[k] for k in ("site", "is_constant", "is_persistent", "is_pinned")

@@ -89,7 +89,7 @@ def test_a_changed_plan_without_its_checksum(text: str, tmp_path: Path) -> None:
         PlanError, match=r"the plan was altered after it was saved .*; plan again, and change constraints rather than the file"
     ):
         load(changed, tmp_path)
-    with pytest.raises(PlanError, match="the plan has format version 99, this autoshard reads 2"):
+    with pytest.raises(PlanError, match="the plan has format version 99, this autoshard reads 3"):
         load(altered(text, lambda body: body.update(version=99)), tmp_path)
     with pytest.raises(PlanError, match=r"cannot read the plan .*absent\.json"):
         autoshard.Plan.load(tmp_path / "absent.json")
