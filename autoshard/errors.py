@@ -1,8 +1,8 @@
 """The one family of errors that autoshard raises for a caller's mistake or a model it cannot partition."""
 
-
-class AutoshardError(Exception):
-    """Base of every error below; the text says what went wrong, where, and what would work."""
+from autoshard.runtime.errors import AutoshardError as AutoshardError
+from autoshard.runtime.errors import PlanError as PlanError
+from autoshard.runtime.errors import StageError as StageError
 
 
 class MeshError(AutoshardError):
@@ -29,17 +29,9 @@ class InputError(AutoshardError):
     """Arguments that do not fit the plan: wrong structure, indivisible batch, different values on different ranks."""
 
 
-class PlanError(AutoshardError):
-    """A plan that cannot be read, was altered, or belongs to another model or mesh."""
-
-
 class BudgetError(AutoshardError):
     """No plan fits the memory budget."""
 
 
 class HardwareError(AutoshardError):
     """Hardware that is unknown or described by impossible numbers, or a measured profile that cannot be used."""
-
-
-class StageError(AutoshardError):
-    """A stage of a pipeline failed while it ran, on this rank or another, or a rank of the pipeline was lost."""

@@ -3,16 +3,11 @@
 In training, forward and backward of all microbatches run inside the call of the model; the gradients are kept by the loss that it
 returns, and `loss.backward()` adds them, scaled by what arrives there, to `.grad` of the parameters. So the training loop is that
 of a model without stages, accumulation over several calls included.
-
-    prepare        once per step: conversions and casts of weights, under autograd
-    microbatches   read detached copies of what was prepared, on which gradients add up
-    after          one backward through `prepare` reduces the gradients of the whole batch; parts of tied weights are added up
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,27 +18,18 @@ from torch.distributed.tensor import DTensor
 from autoshard import runtime
 from autoshard.errors import PlanError
 from autoshard.loaded_program import load_text
-from autoshard.microbatches import joined, of_microbatch
 from autoshard.ops.row import TensorInfo
 from autoshard.pipeline import Pipeline
-from autoshard.pipeline_engine import EngineStage, PipelineEngine
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.placements import local_shape
 from autoshard.plan import Plan
 from autoshard.program import Facts, Program, facts, producer
+from autoshard.runtime.microbatches import joined, of_microbatch
+from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine
+from autoshard.runtime.stage_program import StageProgram, add_tied, tied_groups
 from autoshard.stage_simulator import parameters_of
-from autoshard.stages import given_to_forward, given_to_prepare, prepared_by
+from autoshard.stages import given_to_forward, given_to_prepare
 from autoshard.torch_internals import local_of, pytree
-
-
-@dataclass
-class _Stage:
-    """One stage of this rank: its program, and the leaves that a step's gradients add up on."""
-
-    number: int
-    program: Program
-    code: Any
-    prepared: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what `prepare` made, and the copy that microbatches read
 
 
 class PipelinedProgram:
@@ -76,7 +62,7 @@ class PipelinedProgram:
 
         mine = [number for number, rank in enumerate(self.pipeline.stage_ranks) if rank == self.rank]
         self.stages = [
-            _Stage(k, (part := plan.program.stages[k]), load_text(part.source, f"{plan.model_name} stage {k}", axes, tensor, device, seed))
+            _stage(k, (part := plan.program.stages[k]), load_text(part.source, f"{plan.model_name} stage {k}", axes, tensor, device, seed))
             for k in mine
         ]
         if compiled is not None:
@@ -89,34 +75,22 @@ class PipelinedProgram:
         held = parameters_of(plan.program)
         self.repeated = [n for n, stages in held.items() if self.rank in self._ranks(stages) and self.rank != min(self._ranks(stages))]
         self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
-        self.tied = self._tied_groups(held)
+        self.tied = tied_groups(held, self.pipeline.stage_ranks, group)
         parts = [self._engine_stage(stage) for stage in self.stages]
         self.engine = PipelineEngine(parts, self.pipeline.stage_ranks, self.pipeline.microbatches, group, device)
         self.last = self.pipeline.stage_ranks[-1]
 
-    def _tied_groups(self, held: Mapping[str, Sequence[int]]) -> dict[str, dist.ProcessGroup]:
-        """For parameters on several ranks of `pp`: the group of these ranks."""
-        groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        found = {}
-        for name, stages in held.items():
-            ranks = self._ranks(stages)
-            if len(ranks) > 1 and self.rank in ranks:
-                if ranks not in groups:
-                    members = [dist.get_global_rank(self.group, rank) for rank in ranks]
-                    groups[ranks] = dist.new_group(members, use_local_synchronization=True)
-                found[name] = groups[ranks]
-        return found
-
     def _ranks(self, stages: Sequence[int]) -> tuple[int, ...]:
         return tuple(sorted({self.pipeline.stage_ranks[stage] for stage in stages}))
 
-    def _engine_stage(self, stage: _Stage) -> EngineStage:
-        received = tuple(self._example(facts(node)) for node in stage.program.nodes("received"))
-        results = [node for node in stage.program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    def _engine_stage(self, stage: StageProgram) -> EngineStage:
+        program = self.plan.program.stages[stage.number]
+        received = tuple(self._example(facts(node)) for node in program.nodes("received"))
+        results = [node for node in program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
         sent = tuple(self._example(facts(producer(node)[0]), producer(node)[1]) for node in results)
 
         def forward(values: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-            return self._forward(stage, values, number)
+            return stage.forward(values, of_microbatch(self.pipeline, self.inputs, number, self.device), number, self.seed)
 
         return EngineStage(stage.number, forward, received, sent)
 
@@ -124,14 +98,6 @@ class PipelinedProgram:
         value: TensorInfo = known.values[index]
         shape = local_shape(value.shape, known.layouts[index], self.plan.mesh.shape)
         return torch.empty(tuple(shape or ()), dtype=value.dtype, device="meta", requires_grad=value.needs_grad)
-
-    def _forward(self, stage: _Stage, values: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
-        """One stage on one microbatch."""
-        received = {facts(node).name: value for node, value in zip(stage.program.nodes("received"), values, strict=True)}
-        given = {**of_microbatch(self.pipeline, self.inputs, number, self.device), **received}
-        stage.code.seed = lambda: runtime.mix(self.seed(), number)
-        results = stage.code.forward(*(given[facts(node).name] for node in given_to_forward(stage.program)))
-        return tuple(result for result in results if isinstance(result, Tensor))
 
     # ------------------------------------------------------------------------------------------------------ one call
 
@@ -155,7 +121,8 @@ class PipelinedProgram:
         try:
             self._hold()
             self._prepare()
-            return self.engine.measure(self.pipeline.schedule, self._tensor_number(self.pipeline.loss))
+            events = self.engine.measure(self.pipeline.schedule, self._tensor_number(self.pipeline.loss))
+            return [PipelineEvent(*event) for event in events]
         finally:
             self.inputs, self.leaves = {}, {}
 
@@ -184,25 +151,14 @@ class PipelinedProgram:
         return self._returned(values)
 
     def _prepare(self) -> None:
+        whole = {name: self.inputs[argument] for name, (argument, dim) in self.pipeline.inputs.items() if dim is None}
         for stage in self.stages:
-            given = [self.inputs[self.pipeline.inputs[facts(node).name][0]] for node in given_to_prepare(stage.program)]
-            stage.code.seed = self.seed
-            made = stage.code.prepare(*given) if prepared_by(stage.program) or _has_updates(stage.program) else {}
-            copies = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
-            stage.prepared = [(made[name], copy) for name, copy in copies.items() if copy.requires_grad]
-            stage.code.prepared = copies
+            stage.prepare(whole, self.seed)
 
     def _reduce(self) -> None:
-        """Backward through what was prepared, once for all microbatches; then the parts of tied weights."""
         for stage in self.stages:
-            reached = [(value, copy.grad) for value, copy in stage.prepared if copy.grad is not None]
-            torch.autograd.backward([value for value, _ in reached], [grad for _, grad in reached])
-            stage.prepared, stage.code.prepared = [], {}
-        for name, group in self.tied.items():
-            if name in self.leaves:
-                leaf = self.leaves[name]
-                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous()
-                dist.all_reduce(leaf.grad, group=group)
+            stage.reduce()
+        add_tied(self.leaves, self.tied)
 
     def _tensor_number(self, result: int) -> int:
         """The number of a result among those that are tensors."""
@@ -246,8 +202,11 @@ class PipelinedProgram:
             stage.code.forget_constants()
 
 
-def _has_updates(program: Program) -> bool:
-    return any(facts(node).is_prepared for node in program.nodes("update"))
+def _stage(number: int, program: Program, code: Any) -> StageProgram:
+    """A stage with the names of what it is given."""
+    named = (program.nodes("received"), given_to_forward(program), given_to_prepare(program))
+    received, takes, wants = (tuple(facts(node).name for node in nodes) for nodes in named)
+    return StageProgram(number, code, received, takes, wants)
 
 
 _NO_LOSS = (

@@ -20,7 +20,7 @@ from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
 from autoshard.memory import Memory, device_type_of, memory_of
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.pipeline_file import pipeline_body
 from autoshard.pipeline_timeline import PipelineTimeline, simulate
@@ -140,10 +140,15 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------ to read
 
     def source(self, rank: int = 0) -> str:
-        """The program text of `rank` (all ranks share one program until there are pipeline stages)."""
-        if not 0 <= rank < self.mesh.size:
-            raise PlanError(f"rank {rank} is not on mesh {self.mesh}, which has ranks 0 to {self.mesh.size - 1}")
-        return self.program.source
+        """The program text of `rank`: that of all ranks, or of the pipeline stages that it runs, in order."""
+        mesh, pipeline = self.program.whole_mesh, self.program.pipeline
+        if not 0 <= rank < mesh.size:
+            raise PlanError(f"rank {rank} is not on mesh {mesh}, which has ranks 0 to {mesh.size - 1}")
+        if pipeline is None:
+            return self.program.source
+        here = mesh.coordinates()[rank][mesh.index(PIPELINE_AXIS)]
+        own = (stage.source for at, stage in zip(pipeline.stage_ranks, self.program.stages, strict=True) if at == here)
+        return "\n\n".join(own)
 
     def memory(self, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType | None = None) -> Memory:
         """Predicted bytes of one rank in one training step: the peak, the curve over the step, and whose the bytes are.
@@ -243,10 +248,15 @@ class Plan:
         return plan
 
     def emit(self, folder: str | Path) -> Path:
-        """Write a folder that `torchrun --nproc-per-node N folder/run.py` runs: program, runtime, launcher, plan.json."""
+        """Write a folder that `torchrun --nproc-per-node N folder/run.py` runs: program, runtime, launcher, plan.json.
+
+        The program is program.py, or with pipeline stages stage_0.py, stage_1.py, ... Other files that stand there are left alone.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "program.py").write_text(self.program.source)
+        texts = {f"stage_{number}.py": stage.source for number, stage in enumerate(self.program.stages)}
+        for name, text in (texts or {"program.py": self.program.source}).items():
+            (folder / name).write_text(text)
         shutil.copytree(_HERE / "runtime", folder / "autoshard_runtime", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copyfile(_HERE / "launcher.py", folder / "run.py")
         self.save(folder / "plan.json")

@@ -174,6 +174,11 @@ class Program:
         """Placeholders of parameters by name."""
         return {facts(node).name: node for node in self.nodes("parameter")}
 
+    @property
+    def whole_mesh(self) -> MeshSpec:
+        """The mesh of all ranks: with axis `pp`, where there is a pipeline."""
+        return self.mesh if self.pipeline is None else self.pipeline.mesh
+
     def given(self) -> dict[str, Facts]:
         """What is known of the tensor arguments by name: of whole ones, where placeholders stand for microbatches of them."""
         found = {facts(node).name: facts(node) for node in self.nodes("input")}

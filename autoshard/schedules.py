@@ -15,47 +15,22 @@ and the interleaved schedules take rounds that differ by one.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, zip_longest
 from typing import Literal, get_args
 
 from autoshard.errors import PlanError
+from autoshard.runtime.actions import Action as Action
+from autoshard.runtime.actions import Kind as Kind
+from autoshard.runtime.actions import Schedule as Schedule
 
-Kind = Literal["F", "B", "I", "W"]
-"""Forward; whole backward; backward of the inputs; backward of the weights. The letters are those of torch.distributed.pipelining."""
 ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev"]
 NAMES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 SPLITS_BACKWARD: frozenset[ScheduleName] = frozenset(("interleaved_zero_bubble", "zbv", "dualpipev"))
 """Schedules with I and W; the others run whole backwards."""
 V_SHAPED: frozenset[ScheduleName] = frozenset(("zbv", "dualpipev"))
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One stage's work for one microbatch. Its text is torch's: `0F3` is the forward of stage 0 for microbatch 3."""
-
-    stage: int
-    kind: Kind
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
-
-    @staticmethod
-    def parse(text: str) -> Action:
-        """The action that `text` names; raises PlanError for any other text."""
-        found = re.fullmatch(r"(\d+)([FBIW])(\d+)", text, re.ASCII)
-        if found is None:
-            raise PlanError(f"{text!r} is no action of a pipeline schedule; one is written stage, F, B, I or W, microbatch: '0F3'")
-        return Action(int(found[1]), found[2], int(found[3]))  # type: ignore[arg-type]
-
-
-Schedule = tuple[tuple[Action, ...], ...]
-"""The compute actions of every pipeline rank, in order."""
 
 
 def stage_ranks(name: ScheduleName, ranks: int, stages_per_rank: int = 1) -> tuple[int, ...]:

@@ -65,7 +65,7 @@ def _cut_faults(program: Program, kinds: dict[fx.Node, str], count: int) -> Iter
             yield f"{node.name}: the results leave stage {stage} of {count}, not the last one"
         region = facts(node).recompute
         if region is not None and regions.setdefault(region, stage) != stage:
-            yield f"{node.name}: stands in stage {stage}, and region {region}, which runs again as a whole, begins in stage {regions[region]}"
+            yield f"{node.name}: stands in stage {stage}, and region {region}, which runs again whole, begins in {regions[region]}"
 
 
 def _program_faults(program: Program, kinds: dict[fx.Node, str]) -> Iterator[str]:
@@ -113,12 +113,7 @@ def _node_faults(node: fx.Node, known: dict[str, fx.Node], kinds: dict[fx.Node, 
         yield f"stands in stage {whole.stage}"
     if mine.is_prepared != (kinds[original] == "prepared"):
         yield f"is {'' if mine.is_prepared else 'not '}computed once per step, and is {kinds[original]}"
-    if (node.op, node.target, _named(node.args), _named(node.kwargs)) != (
-        original.op,
-        original.target,
-        _named(original.args),
-        _named(original.kwargs),
-    ):
+    if _called(node) != _called(original):
         yield f"calls {node.target} on {node.args}, the program calls {original.target} on {original.args}"
     if _said(mine) != _said(whole):
         yield "has another value, layout or name than in the program"
@@ -130,6 +125,10 @@ def _said(known: Facts) -> tuple:
         *(known.role, known.values, known.layouts, known.name, known.op, known.random_axes, known.site, known.is_constant),
         *(known.strategies, known.autocast, known.recompute, known.is_drawn_whole),
     )
+
+
+def _called(node: fx.Node) -> tuple:
+    return node.op, node.target, _named(node.args), _named(node.kwargs)
 
 
 def _named(arguments: Any) -> str:

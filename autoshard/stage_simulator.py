@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from autoshard.microbatches import joined, of_microbatch
 from autoshard.program import Program, facts
 from autoshard.runtime import mix
+from autoshard.runtime.microbatches import joined, of_microbatch
 from autoshard.simulator import Ranks, Simulation, run_program
 
 

@@ -5,21 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from autoshard.placements import format_layout, local_shape
 from autoshard.program import Facts, Program, facts
+from autoshard.runtime.dtypes import short_dtype as short_dtype
 from autoshard.symbolic import short
-
-_SHORT = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
-}  # fmt: skip
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def describe_value(known: Facts, program: Program, index: int = 0) -> str:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autoshard.pipeline_engine import EngineStage, PipelineEngine
+from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine
 from autoshard.schedules import Action, Kind, Schedule
 
 WIDTH, ROWS = 4, 3

@@ -12,10 +12,10 @@ from pipelines import WIDTH, Wrecked, assert_gradients, assert_same, chain, engi
 from processes import run_on_ranks
 from torch import Tensor
 
-from autoshard import pipeline_engine
 from autoshard.errors import PlanError, StageError
-from autoshard.pipeline_engine import EngineStage, PipelineEngine, check_library, disagreements
-from autoshard.pipeline_stage import leaves_of, split_backward
+from autoshard.runtime import pipeline_engine
+from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine, check_library, disagreements
+from autoshard.runtime.pipeline_stage import leaves_of, split_backward
 
 # -------------------------------------------------------------------------------------------------- equal to one process
 

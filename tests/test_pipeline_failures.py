@@ -15,7 +15,7 @@ from processes import run_on_ranks
 from torch import Tensor, nn
 
 from autoshard.errors import StageError
-from autoshard.pipeline_engine import EngineStage, PipelineEngine
+from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine
 
 
 def failures_of(kinds: str, stage_ranks: tuple[int, ...], name: str, hows: Sequence[str]) -> list[tuple[str, str]]:

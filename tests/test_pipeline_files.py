@@ -16,10 +16,11 @@ from torch import fx
 
 import autoshard
 from autoshard.checker import check
-from autoshard.errors import AutoshardError, PlacementError, PlanError
+from autoshard.errors import AutoshardError, PlacementError
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts, set_facts
 from autoshard.schedules import check_schedule
+from autoshard.stage_checker import stage_faults
 from autoshard.stages import kinds_of, stage_programs
 
 HOW = autoshard.Pipelining(microbatches=2, schedule="1f1b")
@@ -69,7 +70,8 @@ def test_evaluation_without_a_loss_is_kept(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     loaded = autoshard.Plan.load(tmp_path / "plan.json")
     assert loaded.program.pipeline == plan.program.pipeline
-    assert loaded.program.pipeline is not None and loaded.program.pipeline.loss is None
+    assert loaded.program.pipeline is not None
+    assert loaded.program.pipeline.loss is None
 
 
 def test_another_schedule_has_another_fingerprint(text: str, tmp_path: Path) -> None:
@@ -266,13 +268,9 @@ def test_every_move_of_an_op_to_another_stage_is_judged(program: Program) -> Non
                 and not parts
                 and facts(node).role not in ("projection", "output")
             )
-            try:
-                check(replace(program, stages=()))
-                assert is_sound, f"{node.name} may not stand in stage {stage}"
-                allowed += 1
-            except PlacementError as error:
-                assert not is_sound, f"{node.name} may stand in stage {stage}: {error}"
-                refused += 1
+            found = list(stage_faults(replace(program, stages=())))
+            assert is_sound == (not found), f"{node.name} in stage {stage}: {found}"
+            allowed, refused = allowed + is_sound, refused + (not is_sound)
         facts(node).stage = before
     assert refused > 100
     assert allowed > 0
@@ -393,7 +391,3 @@ def test_planted_mistakes_are_found(name: str, program: Program) -> None:
 def test_stages_that_fit_are_found_sound(program: Program) -> None:
     check(program)
     check(cut_otherwise(program))
-    with pytest.raises(PlanError, match="a node stands in stage 4 of 4"):
-        from autoshard.pipeline_file import check_stage
-
-        check_stage(4, {"stage_ranks": [0, 1, 0, 1]})

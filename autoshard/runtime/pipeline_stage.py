@@ -24,9 +24,9 @@ from torch.distributed.pipelining import PipelineStage
 # The two halves of a backward pass. If they move: schedules with I and W.
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from autoshard.errors import PlanError, StageError
-from autoshard.schedules import Kind
-from autoshard.text import short_dtype
+from .actions import Kind
+from .dtypes import short_dtype
+from .errors import PlanError, StageError
 
 Values = tuple[Tensor, ...]
 _KINDS = {"F": "forward", "B": "backward", "I": "backward of the inputs", "W": "backward of the weights"}

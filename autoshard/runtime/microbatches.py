@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from autoshard.pipeline import Pipeline
+
+class Batching(Protocol):
+    """How a batch is taken apart: what microbatches need of a pipeline.
+
+    inputs: by placeholder the argument and the dim along which it is cut (None: it is given whole). rows: placeholders that get
+    the numbers of a microbatch's rows, among how many. results: how the microbatches' are joined: "sum", "mean", "same" or a dim.
+    """
+
+    @property
+    def microbatches(self) -> int: ...
+    @property
+    def inputs(self) -> Mapping[str, tuple[str, int | None]]: ...
+    @property
+    def rows(self) -> Mapping[str, int]: ...
+    @property
+    def results(self) -> Sequence[Any]: ...
 
 
 def of_microbatch(
-    pipeline: Pipeline, arguments: Mapping[str, torch.Tensor], number: int, device: torch.device | str = "cpu"
+    pipeline: Batching, arguments: Mapping[str, torch.Tensor], number: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """By placeholder what microbatch `number` is given: views of the whole arguments, or these themselves."""
     found = {}
@@ -24,7 +39,7 @@ def of_microbatch(
     return found
 
 
-def joined(pipeline: Pipeline, results: Sequence[Sequence[Any]]) -> list[Any]:
+def joined(pipeline: Batching, results: Sequence[Sequence[Any]]) -> list[Any]:
     """The results of the whole batch from those of every microbatch, in order; constants stay as they are."""
     return [_joined(how, values) for how, values in zip(pipeline.results, zip(*results, strict=True), strict=True)]
 

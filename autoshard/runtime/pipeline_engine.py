@@ -24,10 +24,9 @@ from torch import Tensor
 # The runtime, its actions, and the pass that adds sends and receives to them. If they move: `check_library` says so.
 from torch.distributed.pipelining.schedules import _Action, _add_send_recv, _ComputationType, _PipelineScheduleRuntime, _validate_schedule
 
-from autoshard.errors import PlanError, StageError
-from autoshard.pipeline_stage import EngineStage, Failure, Stage, Step, spell
-from autoshard.pipeline_timeline import PipelineEvent
-from autoshard.schedules import Action, Schedule
+from .actions import Action, Schedule
+from .errors import PlanError, StageError
+from .pipeline_stage import EngineStage, Failure, Stage, Step, spell
 
 __all__ = ["EngineStage", "PipelineEngine"]
 
@@ -77,10 +76,11 @@ class PipelineEngine:
         self._step.trains = False
         return self._run(self._forwards, torch.no_grad())
 
-    def measure(self, schedule: Schedule, loss: int) -> list[PipelineEvent]:
-        """What every rank ran when, in s from a common start, in one step as `train` runs it; the same on every rank.
+    def measure(self, schedule: Schedule, loss: int) -> list[tuple]:
+        """One step as `train` runs it, and what every rank ran when: rank, stage, kind, microbatch, start, end in s from a common start.
 
-        Raises as `train` does. On an accelerator every action is waited for, which the step as it is otherwise run does not do.
+        The same on every rank. Raises as `train` does. On an accelerator every action is waited for, which the step as it is otherwise
+        run does not do.
         """
         self._step.measured = []
         try:
@@ -92,7 +92,7 @@ class PipelineEngine:
             self._step.measured = None
         everyone: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, own, group=self._group)
-        return [PipelineEvent(rank, *event) for rank, events in enumerate(everyone) for event in events]
+        return [(rank, *event) for rank, events in enumerate(everyone) for event in events]
 
     def _run(self, runtime: _Runtime, mode: AbstractContextManager) -> list[tuple[Tensor, ...]]:
         if self._lost:
