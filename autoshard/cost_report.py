@@ -21,13 +21,15 @@ from autoshard.candidates import bound_rule, layouts_of
 from autoshard.conversions import COMMUNICATES, WIRE
 from autoshard.costs import CostModel, optimizer_cost, split_of
 from autoshard.equations import Equation
-from autoshard.errors import InputError
+from autoshard.errors import InputError, PlanError
+from autoshard.mesh import PIPELINE_AXIS
 from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.passes.overlap_collectives import joined
+from autoshard.pipeline_timeline import simulate
 from autoshard.placements import Layout, padded_axes
 from autoshard.program import Program, call_of, facts, op_name, row_of, tensor_operands
 from autoshard.text import fold_name, human_bytes, human_seconds
-from autoshard.traffic import is_sent_again, meter, sent_by
+from autoshard.traffic import is_sent_again, messages_of, meter, sent_by
 
 if TYPE_CHECKING:
     import sympy
@@ -235,6 +237,9 @@ _SUMMED = ("forward_s", "backward_s", "optimizer_s", "flops", "bytes_moved", "wi
 class CostReport:
     """Predicted costs of one plan, per rank and step.
 
+    With pipeline stages, rows are of all stages, each on one of its ranks, for all microbatches of a step: total_s is what the ranks
+    along `pp` work together, and step_s what a step takes.
+
     rows: one per kind of work of each node, in the order of the program. Those computed once (is_per_step False) are shown
     and not summed. objective_s: what the search minimised. It may charge a conversion of a pinned value to every reader though
     the program makes it once (`shared_s`), so that total_s = objective_s - shared_s.
@@ -247,20 +252,32 @@ class CostReport:
 
     @property
     def shared_s(self) -> float:
-        """Seconds of conversions that the search charged more than once."""
-        return self.objective_s - self.total_s
+        """Seconds of conversions that the search charged more than once; NaN with pipeline stages, where it prices one microbatch."""
+        return self.objective_s - self.total_s if self.program.pipeline is None else math.nan
 
     @property
     def total_s(self) -> float:
-        """Predicted seconds of one step of the program: forward, backward and optimizer, nothing overlapped."""
+        """Seconds of all rows: forward, backward and optimizer, nothing overlapped."""
         return sum(row.total_s for row in self.rows if row.is_per_step)
+
+    @property
+    def step_s(self) -> float:
+        """Predicted seconds of one step: total_s, or with pipeline stages what their schedule takes."""
+        pipeline = self.program.pipeline
+        return (
+            self.total_s
+            if pipeline is None
+            else simulate(pipeline.schedule, pipeline.costs, pipeline.stage_ranks, pipeline.latency_s).total_s
+        )
 
     def symbolic(self, fixed: Collection[str] = ()) -> sympy.Expr:
         """total_s as an expression; see autoshard.symbolic_cost.step_time.
 
         Its symbols are the mesh axes and the sizes that were called dynamic in autoshard.plan, but for those in `fixed`, which stay
-        numbers. Raises InputError for other names, and where a size cannot be a symbol.
+        numbers. Raises InputError for other names, and where a size cannot be a symbol, PlanError for a plan with pipeline stages.
         """
+        if self.program.pipeline is not None:
+            raise PlanError("the step of pipeline stages follows from their schedule and is no expression; plan without axis 'pp' for one")
         from autoshard.symbolic_cost import step_time
 
         return step_time(self.program, self.plan.hardware, fixed)
@@ -293,8 +310,9 @@ class CostReport:
     def table(self, by: By = "kind", most: int = 30) -> Table:
         """A rich table of the `most` dearest groups."""
         groups = self.by(by)
-        where = f"{self.plan.model_name} on {self.program.mesh} ({self.plan.hardware.name})"
-        title = f"{where}, predicted step {human_seconds(self.total_s)}"
+        where = f"{self.plan.model_name} on {self.program.whole_mesh} ({self.plan.hardware.name})"
+        title = f"{where}, predicted step {human_seconds(self.step_s)}"
+        title += f"; all stages together {human_seconds(self.total_s)}" if self.program.pipeline is not None else ""
         hidden = groups[most:]
         caption = [f"{len(hidden)} more, {human_seconds(sum(group.total_s for group in hidden))} together"] if hidden else []
         table = Table(title=title, caption="\n".join([*caption, self.account]), caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -313,6 +331,8 @@ class CostReport:
     @property
     def account(self) -> str:
         """How the total and what the search minimised differ, in words; "" where they do not."""
+        if self.program.pipeline is not None:
+            return f"the search of layouts minimised {human_seconds(self.objective_s)}: all stages, for one microbatch"
         if abs(self.shared_s) <= 1e-9 * self.total_s:
             return ""
         return f"the search minimised {human_seconds(self.objective_s)}: it charges a shared conversion to each of its readers"
@@ -327,9 +347,31 @@ class CostReport:
 def price(plan: Plan, program: Program | None = None) -> CostReport:
     """Price every node of `plan`, or of another `program` for the same model and mesh."""
     program = joined(program or plan.program)  # what runs in two parts costs what it does in one
-    pricer = Pricer(program, CostModel(program.mesh, plan.hardware))
-    rows = tuple(pricer.rows())
-    return CostReport(plan, program, rows, program.stats.get("objective_s", math.nan))
+    costs = CostModel(program.mesh, plan.hardware)
+    rows = Pricer(program, costs).rows() if program.pipeline is None else list(_rows_of_stages(program, costs))
+    return CostReport(plan, program, tuple(rows), program.stats.get("objective_s", math.nan))
+
+
+def _rows_of_stages(program: Program, costs: CostModel) -> Iterator[CostRow]:
+    """Rows of every stage for a whole step, and what goes to its neighbours: what is prepared costs once, all else with each microbatch."""
+    assert program.pipeline is not None
+    count, ranks = program.pipeline.microbatches, program.pipeline.stage_ranks
+    for number, (stage, stage_costs) in enumerate(zip(program.stages, program.pipeline.costs, strict=True)):
+        pricer = Pricer(stage, costs)
+        for node in stage.graph.nodes:
+            is_once = facts(node).is_prepared or facts(node).role == "parameter" or facts(node).is_constant
+            yield from (row if is_once else _repeated(row, count) for row in pricer.of(node))
+        forward_b, backward_b = messages_of(stage, costs)
+        after, before = (0 <= k < len(ranks) and ranks[k] != ranks[number] for k in (number + 1, number - 1))
+        sent = CostRow(f"stage {number}", "send", "", "send", PIPELINE_AXIS, after * stage_costs.send_s, before * stage_costs.send_back_s)
+        if after or before:
+            yield _repeated(replace(sent, wire_bytes=after * forward_b + before * backward_b), count)
+
+
+def _repeated(row: CostRow, count: int) -> CostRow:
+    """What a row costs `count` times."""
+    summed = {name: count * getattr(row, name) for name in (*_SUMMED, "times")}
+    return replace(row, **summed)
 
 
 def source_of_value(node: fx.Node) -> fx.Node:

@@ -13,7 +13,10 @@ from torch import fx
 
 from autoshard.cost_report import CostReport, CostRow, readers_of, source_of_value
 from autoshard.costs import CostModel
+from autoshard.pipeline import Pipeline
+from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.program import Program, facts, op_name
+from autoshard.stage_shares import in_flight, kept_by_rank, stage_shares, weights_by_rank
 from autoshard.text import fold_name, human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -122,28 +125,52 @@ def explain(plan: Plan) -> Explanation:
 
 def _summary(plan: Plan, report: CostReport, modules: Sequence[ModuleShare]) -> Iterator[str]:
     shares = {group.name: group.total_s for group in report.by("kind")}
-    total = report.total_s or 1.0
+    total, pipeline = report.total_s or 1.0, plan.program.pipeline
     sent = {name: seconds for name, seconds in shares.items() if "@" in name}
     how = f"under template {plan.template!r}" if plan.template != "auto" else "solved for the least step time"
-    yield f"{plan.model_name} on {plan.mesh} ({plan.hardware.name}), {how}."
+    yield f"{plan.model_name} on {plan.program.whole_mesh} ({plan.hardware.name}), {how}."
     parts = {part: sum(getattr(row, part) for row in report.rows if row.is_per_step) for part in ("forward_s", "backward_s", "optimizer_s")}
     times = ", ".join(f"{name.removesuffix('_s')} {human_seconds(seconds)}" for name, seconds in parts.items())
-    yield f"Predicted step {human_seconds(report.total_s)}: {times}; nothing is counted as overlapped."
+    if pipeline is None:
+        yield f"Predicted step {human_seconds(report.total_s)}: {times}; nothing is counted as overlapped."
+    else:
+        yield from _of_stages(plan, pipeline, report, times)
     own = [f"{shares[kind] / total:.0%} bound by {kind}" for kind in ("compute", "memory", "latency") if shares.get(kind)]
     moved = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in list(sent.items())[:4])
     yield f"Of it, {', '.join(own)}; {sum(sent.values()) / total:.0%} communication{f' ({moved})' if moved else ''}."
     values, costs = [facts(node) for node in plan.program.parameters().values()], CostModel(plan.mesh, plan.hardware)
     held, whole = sum(costs.local_bytes(v.value, v.layout) for v in values), sum(v.value.nbytes for v in values)
     state, kept = sum(row.state_bytes for row in modules), sum(row.kept_bytes for row in modules)
+    if pipeline is not None:
+        most, state = max(weights_by_rank(plan.program, costs), key=lambda pair: pair[1])
+        yield (
+            f"Of the weights, {human_bytes(whole)}, a rank has {human_bytes(most)} at most, with gradients and AdamW's moments "
+            f"{human_bytes(state)}; with what is kept for backward, {human_bytes(kept_by_rank(report))}, as the search counts them."
+        )
+        return
     yield (
         f"Per rank: parameters {human_bytes(held)} of {human_bytes(whole)}, with gradients and AdamW's moments {human_bytes(state)}; "
         f"results kept for backward {human_bytes(kept)}, as the search counts them."
     )
 
 
+def _of_stages(plan: Plan, pipeline: Pipeline, report: CostReport, times: str) -> Iterator[str]:
+    """The schedule, and where the stages are cut."""
+    timeline = plan.timeline()
+    assert isinstance(timeline, PipelineTimeline)
+    yield f"{pipeline.described[0].upper()}{pipeline.described[1:]}."
+    yield f"Predicted step {human_seconds(report.step_s)}, of which a rank stands idle {timeline.bubble:.0%} on average."
+    yield f"The stages together take {human_seconds(report.total_s)}: {times}; nothing in them is counted as overlapped."
+    shares = stage_shares(plan.program, CostModel(plan.mesh, plan.hardware))
+    for share in shares[:_MOST_MODULES]:
+        yield f"  {share.name}: {share.modules}; {share.times} a microbatch"
+    if len(shares) > _MOST_MODULES:
+        yield f"  and {len(shares) - _MOST_MODULES} more: plan.table()"
+
+
 def _modules(plan: Plan, report: CostReport) -> tuple[ModuleShare, ...]:
     """Rows by module path, cut where there would be too many, dearest first."""
-    program, costs = plan.program, CostModel(plan.mesh, plan.hardware)
+    program, costs, pipeline = plan.program, CostModel(plan.mesh, plan.hardware), plan.program.pipeline
     rows = [row for row in report.rows if row.is_per_step]
     prefixes = _prefixes(rows)
     shares: dict[str, list[float]] = {}
@@ -167,7 +194,8 @@ def _modules(plan: Plan, report: CostReport) -> tuple[ModuleShare, ...]:
     for node in program.nodes("op"):
         if node.name in busy:
             for value, layout in zip(facts(node).values, facts(node).layouts, strict=True):
-                add(facts(node).source.module, 3, costs.local_bytes(value, layout) if value.needs_grad else 0.0)
+                times = 1 if pipeline is None or facts(node).stage is None else in_flight(pipeline, facts(node).stage or 0)
+                add(facts(node).source.module, 3, times * costs.local_bytes(value, layout) if value.needs_grad else 0.0)
     found = [ModuleShare(name, len(members[name]), *amounts) for name, amounts in shares.items()]
     return tuple(sorted(found, key=lambda row: -row.step_s))
 
@@ -201,7 +229,7 @@ def _communications(program: Program, report: CostReport) -> tuple[tuple[Communi
     nodes = nodes_of_rows(program)
     groups: dict[str, list[CostRow]] = {}
     for row in report.rows:
-        if row.is_per_step and row.axis:
+        if row.is_per_step and row.axis and row.kind != "send":  # what stages send each other is named with the stages
             groups.setdefault(fold_name(row.node), []).append(row)
     found = []
     for rows in groups.values():

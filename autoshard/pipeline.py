@@ -58,3 +58,8 @@ class Pipeline:
     schedule: Schedule = ()
     costs: tuple[StageCosts, ...] = ()
     latency_s: float = 0.0
+
+    @property
+    def described(self) -> str:
+        """`4 stages on 2 ranks, 8 microbatches, schedule interleaved_1f1b`."""
+        return f"{len(self.stage_ranks)} stages on {self.mesh.stages} ranks, {self.microbatches} microbatches, schedule {self.name}"

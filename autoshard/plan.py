@@ -29,6 +29,7 @@ from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer
 from autoshard.resolving import Resolver
+from autoshard.stage_shares import stage_shares
 from autoshard.stages import stage_programs
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
 from autoshard.timeline import Timeline, timeline_of
@@ -155,8 +156,14 @@ class Plan:
 
         optimizer: "sgd", "sgd_momentum", "adam", "adamw", "adafactor", a function from a list of parameters to a torch optimizer
         (which may set foreach=True, say), or None for inference. device: whose kernels and allocator, "cpu" or "cuda"; by default
-        what the plan's hardware is. Some seconds for a model of thousands of ops. Raises InputError, PlanError.
+        what the plan's hardware is. Some seconds for a model of thousands of ops. Raises InputError, PlanError; plans with pipeline
+        stages are not rehearsed.
         """
+        if self.program.pipeline is not None:
+            raise PlanError(
+                "memory is rehearsed for plans without pipeline stages alone; plan.explain() says what the search counts of the rank that "
+                "keeps most, plan.timeline().peak_bytes what each rank keeps for backward"
+            )
         return memory_of(self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name)
 
     def graph(self, level: str = "modules") -> Picture:
@@ -170,10 +177,14 @@ class Plan:
         return draw(self.program, level, CostModel(self.mesh, self.hardware))  # type: ignore[arg-type]
 
     def table(self) -> Table:
-        """Parameters with shapes and layouts, equal layers in one row, and what a step communicates."""
+        """Parameters with shapes and layouts, equal layers in one row, pipeline stages, and what a step communicates.
+
+        With stages a parameter's bytes are those of a rank that holds it, and what is sent is of the rank along `pp` that sends most.
+        """
         cost = CostModel(self.mesh, self.hardware)
-        predicted = human_seconds(self.timeline().total_s)
-        title = f"{self.model_name} on {self.mesh} ({self.hardware.name}), predicted step {predicted}"
+        predicted, pipeline = human_seconds(self.timeline().total_s), self.program.pipeline
+        title = f"{self.model_name} on {self.program.whole_mesh} ({self.hardware.name}), predicted step {predicted}"
+        title += f"\n{pipeline.described}" if pipeline is not None else ""
         table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for name in ("parameter", "shape", "layout"):
             table.add_column(name, overflow="fold")
@@ -186,6 +197,9 @@ class Plan:
             held = sum(cost.local_bytes(value, layout) for value in values)
             shown = name if len(values) == 1 else f"{name} x{len(values)}"
             table.add_row(shown, f"{short_dtype(values[0].dtype)}{list(shape)}", format_layout(layout, self.mesh), human_bytes(held))
+        table.add_section()
+        for share in stage_shares(self.program, cost):
+            table.add_row(share.name, "", share.modules, human_bytes(share.parameter_bytes))
         table.add_section()
         for collective, count in self.stats["wire_bytes_per_step"].items():
             table.add_row(f"sent per step by {collective}", "", "", human_bytes(count))
@@ -291,9 +305,9 @@ class Plan:
         from autoshard.module import ShardedModule
         from autoshard.planner import Settings
 
-        given = MeshSpec.of(mesh)
-        if given != self.mesh:
-            raise PlanError(f"this plan is for mesh {self.mesh}, not {given}; plan again for that mesh")
+        given, planned = MeshSpec.of(mesh), self.program.whole_mesh
+        if given != planned:
+            raise PlanError(f"this plan is for mesh {planned}, not {given}; plan again for that mesh")
         self.check_model(model)
         asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
         dynamic = leaf_marks(self.program)

@@ -17,8 +17,10 @@ from torch import fx
 
 from autoshard.cost_report import CostReport, readers_of
 from autoshard.mesh import MeshSpec
+from autoshard.pipeline import Pipeline
 from autoshard.placements import format_layout
 from autoshard.program import Program, facts, producer
+from autoshard.stage_shares import kept_by_rank
 from autoshard.text import fold_name, human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -63,11 +65,12 @@ class PlanDiff:
     mesh_before: MeshSpec
     mesh_after: MeshSpec
     unchanged: int = field(default=0)  # parameters that lie alike in both
+    stages: tuple[str, ...] = ()  # what is otherwise about pipeline stages, in words
 
     @property
     def is_empty(self) -> bool:
-        """Whether both plans lay every value alike, on the same mesh."""
-        return not self.layouts and self.mesh_before == self.mesh_after
+        """Whether both plans lay every value alike, on the same mesh, in the same pipeline stages."""
+        return not self.layouts and self.mesh_before == self.mesh_after and not self.stages
 
     @property
     def parameters(self) -> tuple[LayoutChange, ...]:
@@ -77,7 +80,8 @@ class PlanDiff:
     def words(self) -> str:
         """Time, memory and mesh in one or two lines."""
         lines = [] if self.mesh_before == self.mesh_after else [f"mesh {self.mesh_before} -> {self.mesh_after}"]
-        if self.is_empty:
+        lines += self.stages
+        if not self.layouts:
             lines.append("every layout is the same")
         lines.append(f"predicted step {_change(self.before_s, self.after_s, human_seconds)}")
         lines.append(f"kept per rank {_change(self.before_bytes, self.after_bytes, human_bytes)}")
@@ -114,9 +118,30 @@ def diff_programs(old: Program, old_cost: CostReport, new: Program, new_cost: Co
                 layouts.append(LayoutChange(kind, name, left.get(name), right.get(name)))
             elif kind == "parameter":
                 unchanged += 1
-    kept = [program.stats.get("kept_bytes", 0.0) for program in (old, new)]
-    collectives = tuple(_collectives(old_cost, new_cost))
-    return PlanDiff(title, tuple(layouts), collectives, old_cost.total_s, new_cost.total_s, kept[0], kept[1], old.mesh, new.mesh, unchanged)
+    return PlanDiff(
+        title,
+        tuple(layouts),
+        tuple(_collectives(old_cost, new_cost)),
+        old_cost.step_s,
+        new_cost.step_s,
+        kept_by_rank(old_cost),
+        kept_by_rank(new_cost),
+        old.whole_mesh,
+        new.whole_mesh,
+        unchanged,
+        tuple(_stage_changes(old.pipeline, new.pipeline)),
+    )
+
+
+def _stage_changes(old: Pipeline | None, new: Pipeline | None) -> Iterator[str]:
+    """What is otherwise about the pipelines of two plans."""
+    first, second = ("no stages" if pipeline is None else pipeline.described for pipeline in (old, new))
+    if first != second:
+        yield f"{first} -> {second}"
+    elif old is not None and new is not None and (old.schedule, old.stage_ranks) != (new.schedule, new.stage_ranks):
+        yield "actions of the schedule in another order"
+    elif old is not None and new is not None and old.costs != new.costs:
+        yield "stages are cut elsewhere"
 
 
 def parameter_texts(program: Program) -> dict[str, str]:

@@ -166,12 +166,18 @@ def _traffic_of_stage(stage: Program, costs: CostModel) -> dict[str, float]:
     for node in stage.nodes():
         for sent in sent_at(stage, node, costs):
             _add(moved, stage, sent, 1 if facts(node).is_prepared else times)
-    held = [(producer(node), True) for node in passed_on(stage)] + [((node, 0), False) for node in stage.nodes("received")]
-    for (node, k), is_forward in held:
-        value, layout = facts(node).values[k], facts(node).layouts[k]
-        if is_forward or value.needs_grad:
-            moved["send"] = moved.get("send", 0.0) + times * costs.local_bytes(value, layout)
+    forward_bytes, backward_bytes = messages_of(stage, costs)
+    if forward_bytes or backward_bytes:
+        moved["send"] = times * (forward_bytes + backward_bytes)
     return moved
+
+
+def messages_of(stage: Program, costs: CostModel) -> tuple[float, float]:
+    """Bytes that a stage passes on for a microbatch: values to the next stage, gradients to the one before."""
+    passed = [(facts(node), k) for node, k in map(producer, passed_on(stage))]
+    received = [facts(node) for node in stage.nodes("received")]
+    values = sum(costs.local_bytes(known.values[k], known.layouts[k]) for known, k in passed)
+    return values, sum(costs.local_bytes(known.value, known.layout) for known in received if known.needs_grad)
 
 
 def seconds_by_term(program: Program, costs: CostModel) -> dict[str, float]:

@@ -42,7 +42,8 @@ def test_equal_to_the_plan_without_stages(example: str, mesh: str, how: autoshar
     assert plan.program.pipeline is not None
     stages = len(plan.program.pipeline.stage_ranks)
     assert sorted(path.name for path in (tmp_path / "stages").glob("*.py")) == ["run.py", *(f"stage_{k}.py" for k in range(stages))]
-    torch.save(EXAMPLES[example].model().state_dict(), tmp_path / "model.pt")
+    model = EXAMPLES[example].model()
+    torch.save({**model.state_dict(), **dict(model.named_buffers())}, tmp_path / "model.pt")
     options = ("--weights", str(tmp_path / "model.pt"), "--device", "cpu")
     staged, whole = run(tmp_path / "stages", plan.program.whole_mesh.size, *options), run(tmp_path / "whole", 2, *options)
     assert staged.returncode == 0, staged.stderr
