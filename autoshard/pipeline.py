@@ -60,6 +60,11 @@ class Pipeline:
     latency_s: float = 0.0
 
     @property
+    def asked(self) -> Pipelining:
+        """What asks for a pipeline like this one, for calls of other shapes."""
+        return Pipelining(self.microbatches, self.name, len(self.stage_ranks) // self.mesh.stages)
+
+    @property
     def described(self) -> str:
         """`4 stages on 2 ranks, 8 microbatches, schedule interleaved_1f1b`."""
         return f"{len(self.stage_ranks)} stages on {self.mesh.stages} ranks, {self.microbatches} microbatches, schedule {self.name}"

@@ -312,6 +312,8 @@ class Plan:
         asked: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "template": self.template}
         dynamic = leaf_marks(self.program)
         overlaps = any(True for _ in self.program.nodes("start"))
+        if self.program.pipeline is not None:
+            asked["pipeline"] = self.program.pipeline.asked
         settings = Settings(hardware=self.hardware, constraints=dict(self.constraints), dynamic=dynamic, overlap=overlaps, **asked)
         sharded = ShardedModule(model, mesh, settings)
         sharded.adopt(self)

@@ -141,7 +141,9 @@ def _read_program(body: dict[str, Any]) -> Program:
         check_node(node.op, node.target, node.kwargs, facts(node), mesh)
         if node.target in (runtime.either, runtime.zero_gradients):
             check_cond(node.target, node.args)
-    program.pipeline = None if body["pipeline"] is None else read_pipeline(body["pipeline"], program)
+    if body["pipeline"] is not None:
+        program.pipeline = read_pipeline(body["pipeline"], program)
+        program.mesh = program.pipeline.mesh.of_stage  # which knows the links of the whole mesh
     program.is_typed = program.is_localized = True
     return program
 

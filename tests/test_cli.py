@@ -122,6 +122,13 @@ def test_pipeline_stages_are_planned_and_verified() -> None:
     assert body["pipeline"] == {"microbatches": 2, "schedule": "gpipe", "stage_ranks": [0, 1]}
     body = run(f"verify net.py:build {asked}").json
     assert (body["is_equal"], body["mesh"]) == (True, "pp=2,dp=2")
+    assert run(f"plan net.py:build {asked} --out stages.json").status == 0
+    emitted = run("emit stages.json stages --json").json
+    assert emitted["run"].startswith("torchrun --standalone --nproc-per-node 4 ")
+    assert {"stage_0.py", "stage_1.py", "run.py", "plan.json"} <= set(emitted["files"])
+    shown = run("show stages.json --source").out
+    assert "Stage 0 of 2" in shown
+    assert "Stage 1 of 2" in shown
 
 
 def test_search_ranks_meshes() -> None:

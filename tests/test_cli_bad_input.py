@@ -309,12 +309,6 @@ def test_files_that_are_no_plans_are_refused(saved: str) -> None:
     assert refused("diff plan.json gone.json").startswith("cannot read the plan gone.json")
 
 
-def test_files_do_not_hold_stages() -> None:
-    text = "plans with pipeline stages (axis pp) are not written to files yet; autoshard.compile plans and runs them in one"
-    assert refused("plan models.py:deep --mesh pp=2 --out plan.json") == text
-    assert refused("emit models.py:deep folder --mesh pp=2") == text
-
-
 def test_places_that_cannot_be_written_are_told_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     none = "there is no folder gone; make it, or choose another"
     assert refused("plan models.py:broken --mesh dp=2 --out gone/plan.json") == f"cannot write gone/plan.json: {none}"

@@ -23,7 +23,7 @@ from autoshard.cli.options import (
     unwritable,
 )
 from autoshard.cli.screen import Screen
-from autoshard.cli.sources import check_files_hold, load_model, plan_of_model, saved_plan, whole_mesh
+from autoshard.cli.sources import load_model, plan_of_model, saved_plan
 from autoshard.costs import CostModel
 from autoshard.errors import BudgetError, InputError
 from autoshard.hardware import hardware_of
@@ -40,7 +40,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     """A plan as plain data: what was asked, every parameter's layout, what is predicted, what must be known."""
     costs = CostModel(plan.mesh, plan.hardware)
     known = {name: facts(node) for name, node in plan.program.parameters().items()}
-    mesh, stages = whole_mesh(plan), plan.program.pipeline
+    mesh, stages = plan.program.whole_mesh, plan.program.pipeline
     return {
         "model": plan.model_name,
         "mesh": dict(zip(mesh.axes, mesh.shape, strict=True)),
@@ -68,7 +68,6 @@ def save(plan: Plan, path: str | None) -> list[str]:
     """Save a plan where a path was given -> what to say about it. Raises InputError where it cannot be written."""
     if path is None:
         return []
-    check_files_hold(plan)
     try:
         plan.save(path)
     except OSError as error:
@@ -144,7 +143,7 @@ def run_verify(asked: argparse.Namespace, screen: Screen) -> int:
         )
     loaded = load_model(asked, screen, is_real=True)
     plan = plan or plan_of_model(asked, screen, loaded)
-    mesh = whole_mesh(plan)
+    mesh = plan.program.whole_mesh
     with screen.working(f"simulate {mesh.size} ranks"):
         found = autoshard.verify(loaded.model, plan, loaded.args, loaded.kwargs, tolerance=asked.tolerance)
     data = {"is_equal": found.is_equal, **vars(found), "mesh": mesh, "model": plan.model_name}

@@ -11,7 +11,7 @@ from autoshard.cli.command import FINE, NO, Command
 from autoshard.cli.options import MODEL_HELP, add_plan_options, check_writable, named_layout, unwritable
 from autoshard.cli.planning import plan_data
 from autoshard.cli.screen import Screen
-from autoshard.cli.sources import check_files_hold, is_saved_plan, plan_of, saved_plan
+from autoshard.cli.sources import is_saved_plan, plan_of, saved_plan
 from autoshard.errors import InputError
 from autoshard.plan import Plan
 
@@ -29,7 +29,7 @@ def _source_options(parser: argparse.ArgumentParser) -> None:
 def _show_options(parser: argparse.ArgumentParser) -> None:
     _source_options(parser)
     group = parser.add_argument_group("in place of the table")
-    group.add_argument("--source", action="store_true", help="the text of the program that each rank runs")
+    group.add_argument("--source", action="store_true", help="the text of the program that each rank runs (of all stages)")
     group.add_argument("--graph", metavar="FILE", help="draw the graph into a file: .svg, .png, .pdf (these need Graphviz), .gv")
     group.add_argument(
         "--level", choices=("modules", "layer", "ops"), default="modules", help="how much the graph shows (default: modules)"
@@ -45,8 +45,8 @@ def run_show(asked: argparse.Namespace, screen: Screen) -> int:
     data = plan_data(plan)
     shown: list[RenderableType] = []
     if asked.source:
-        data["source"] = plan.source()
-        shown.append(plan.source())
+        data["source"] = plan.program.source
+        shown.append(plan.program.source)
     if asked.memory:
         with screen.working("predict memory"):
             memory = plan.memory("adamw" if plan.program.is_training else None)
@@ -155,12 +155,11 @@ def run_emit(asked: argparse.Namespace, screen: Screen) -> int:
     if not existing.is_dir():
         raise InputError(f"cannot write {folder}: {existing} is a file; choose another folder")
     plan = plan_of(asked, screen)
-    check_files_hold(plan)
     try:
         plan.emit(folder)
     except OSError as error:
         raise unwritable(folder, error) from error
-    command = f"torchrun --standalone --nproc-per-node {plan.mesh.size} {folder / 'run.py'}"
+    command = f"torchrun --standalone --nproc-per-node {plan.program.whole_mesh.size} {folder / 'run.py'}"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file() and path.suffix in (".py", ".json"))
     screen.answer({"folder": folder, "files": files, "run": command}, f"written to {folder}; run it: {command}")
     return FINE

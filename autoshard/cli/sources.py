@@ -14,8 +14,7 @@ from autoshard.cli.hugging_face import DEFAULT_BATCH, example_inputs, load_confi
 from autoshard.cli.options import given_options, plan_keywords
 from autoshard.cli.screen import Screen
 from autoshard.cli.user_model import Loaded, as_asked, load_function
-from autoshard.errors import InputError, PlanError
-from autoshard.mesh import MeshSpec
+from autoshard.errors import InputError
 from autoshard.plan import Plan
 from autoshard.torch_internals import pytree
 
@@ -107,14 +106,3 @@ def saved_plan(path: str, screen: Screen) -> Plan:
     """A plan from a file. Raises PlanError."""
     with screen.working(f"read {path}"):
         return Plan.load(path)
-
-
-def whole_mesh(plan: Plan) -> MeshSpec:
-    """The mesh that was asked for: that of the plan, or of all its pipeline stages."""
-    return plan.program.pipeline.mesh if plan.program.pipeline is not None else plan.mesh
-
-
-def check_files_hold(plan: Plan) -> None:
-    """Raise PlanError for a plan that a file would hold a part of."""
-    if plan.program.pipeline is not None:
-        raise PlanError("plans with pipeline stages (axis pp) are not written to files yet; autoshard.compile plans and runs them in one")
