@@ -134,6 +134,7 @@ class _Splitter:
         self.made: dict[tuple, fx.Node] = {}
         self.rows: dict[str, int] = {}
         self.segmentations = find_segmentations(program)
+        self.cuttings: dict[tuple[fx.Node, int, Placement], Strategy | None] = {}
 
     def run(self) -> tuple[Joined, ...]:
         for node in self.program.nodes():
@@ -293,6 +294,11 @@ class _Splitter:
         return self._cutting(node, index, want) is not None
 
     def _cutting(self, node: fx.Node, index: int, want: Placement) -> Strategy | None:
+        if (node, index, want) not in self.cuttings:
+            self.cuttings[node, index, want] = self._find_cutting(node, index, want)
+        return self.cuttings[node, index, want]
+
+    def _find_cutting(self, node: fx.Node, index: int, want: Placement) -> Strategy | None:
         for option in self._options(node):
             if option.outputs[index] != want:
                 continue
