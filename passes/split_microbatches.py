@@ -7,8 +7,8 @@ A microbatch is to the batch what a rank is to an axis, but in time: the pass gi
     R      all have the whole value                            parameters, and what comes of them
 
 by the rules of the ops, walking the graph once. What one microbatch cannot know of the others is had in one of these ways, in this
-order: an R is cut, or divided into equal terms; a value that arguments alone make (how many labels count, say) is computed of the whole
-arguments; rows are picked out of an R; and of a sum over the batch that is not used linearly (the balance loss of experts) each
+order: an R is cut, or divided into equal terms; rows are picked out of an R; a value that arguments alone make (how many labels count,
+say) is computed of the whole arguments; and of a sum over the batch that is not used linearly (the balance loss of experts) each
 microbatch takes its own estimate, its term times the number of microbatches, which is reported. The statistics of a BatchNorm are
 each microbatch's own.
 
@@ -40,7 +40,7 @@ from autoshard.program import Facts, Program, facts, op_name, producer, replace_
 from autoshard.runtime.loss import AVERAGED
 
 _DIVIDED = frozenset({"mean", "kl_div", *AVERAGED})  # lowerings that only divide by the number of pieces
-_SPREAD, _WHOLE, _PICK, _ESTIMATE = 1, 10, 20, 1000  # how dear it is to give an op the operand it wants
+_SPREAD, _PICK, _WHOLE, _ESTIMATE = 1, 10, 100, 1000  # how dear it is to give an op the operand it wants
 Value = tuple[fx.Node, int]
 
 
