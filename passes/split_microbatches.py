@@ -131,6 +131,7 @@ class _Splitter:
         self.strategy: dict[fx.Node, Strategy] = {}
         self.of_arguments: set[fx.Node] = set()  # what arguments and constants alone make, the same at any time
         self.estimates: set[fx.Node] = set()
+        self.share_of: dict[fx.Node, fx.Node] = {}  # a microbatch's term, and the value that is the sum
         self.made: dict[tuple, fx.Node] = {}
         self.rows: dict[str, int] = {}
         self.segmentations = find_segmentations(program)
@@ -278,6 +279,10 @@ class _Splitter:
             self.made[operand, suffix] = new
             self.strategy[new] = Strategy((placement,), (placement,))
             self.at[new, 0] = placement
+            if suffix == "share":
+                self.share_of[new] = operand
+            if operand in self.of_arguments or self._is_of_arguments(operand):
+                self.of_arguments.add(new)
             if operand in self.estimates:
                 self.estimates.add(new)
         return self.made[operand, suffix]
@@ -353,6 +358,8 @@ class _Splitter:
 
     def _of_all(self, operand: fx.Node) -> fx.Node:
         """A copy of what arguments alone make, of the whole arguments."""
+        if operand in self.share_of:
+            return self._of_all(self.share_of[operand])
         if self._lies(operand) == R or (operand, "of_all") in self.made:
             return self.made.get((operand, "of_all"), operand)
         known = facts(operand)
