@@ -53,6 +53,11 @@ class CutStages:
         if pipeline is None:
             return program
         placed = chain_of(program, CostModel(program.mesh, self.hardware))
+        if not placed.places:
+            raise PlanError(
+                "nothing that the model computes depends on a batch that microbatches cut, so there are no stages: say which dim of which "
+                "argument it is, Pipelining(batch={\"x\": 0}), or leave out axis 'pp'"
+            )
         axis = pipeline.mesh.index(PIPELINE_AXIS)
         links = axis_links(self.hardware, pipeline.mesh.shape, axis)
         link = Link(links.hop_latency_s, links.hop_bytes_per_s)

@@ -12,7 +12,8 @@ say) is computed of the whole arguments; and of a sum over the batch that is not
 microbatch takes its own estimate, its term times the number of microbatches, which is reported. The statistics of a BatchNorm are
 each microbatch's own.
 
-A mean of losses over labels that count is spelled as their sum over their number first, so that it is exact.
+A mean of losses over labels that count is spelled as their sum over their number first, so that it is exact; an index that counts the
+rows as a gather, as a microbatch counts its own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from autoshard.passes.localize_shapes import localize_sizes
 from autoshard.pipeline import Joined, Pipeline
 from autoshard.placements import I, P, Placement, R, S, local_shape
 from autoshard.program import Facts, Program, facts, op_name, producer, replace_operands, set_facts, tensor_operands, writes_statistics
+from autoshard.row_numbers import spell_row_numbers
 from autoshard.runtime.loss import AVERAGED
 
 _DIVIDED = frozenset({"mean", "kl_div", *AVERAGED})  # lowerings that only divide by the number of pieces
@@ -60,6 +62,7 @@ class SplitMicrobatches:
         cut = batch_dims(program, self.batch, count)
         if count > 1:
             spell_masked_means(program)
+            spell_row_numbers(program)
         splitter = _Splitter(program, count, cut)
         results = splitter.run()
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
@@ -162,6 +165,9 @@ class _Splitter:
         is_computed = facts(node).role in ("op", "projection") and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         return is_computed and self.of_arguments.issuperset(node.all_input_nodes)
 
+    def _cut_dims(self) -> str:
+        return ", ".join(f"dim {dim} of {name}" for name, dim in self.cut.items()) or "no dim of any argument"
+
     def _inherit(self, node: fx.Node) -> None:
         self.at[node, 0] = self.at[producer(node)]
         if producer(node)[0] in self.estimates:
@@ -187,7 +193,8 @@ class _Splitter:
         if found[0] is None or found[2] is None:
             raise PlanError(
                 f"{op_name(node)} ({facts(node).source}) cannot be computed of one microbatch: no rule says how it acts on part of the "
-                "batch. Register a rule that splits its batch dim (autoshard.register_rule), or leave out axis 'pp'"
+                f"batch, which is {self._cut_dims()}. If the batch is another dim, say so: Pipelining(batch={{...}}); if rows do not mix "
+                "here, register a rule that splits its batch dim (autoshard.register_rule); else leave out axis 'pp'"
             )
         strategy = found[2]
         new = [self._fetch(operand, want, node) for operand, want in zip(operands, strategy.inputs, strict=True)]
