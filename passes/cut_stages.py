@@ -101,8 +101,10 @@ class CutStages:
             yield "gpipe", per_rank or 1  # forward alone: the order of backward is not asked for
         elif name is not None:
             yield name, per_rank or (1 if name in ("gpipe", "1f1b", LISTED) else 2)
+        elif per_rank is None:
+            yield from _TRIED
         else:
-            yield from ((n, k) for n, k in _TRIED if per_rank in (None, k))
+            yield from (("1f1b" if per_rank == 1 else "interleaved_1f1b", per_rank), (LISTED, per_rank))
 
     def _cut(
         self,

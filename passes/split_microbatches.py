@@ -96,6 +96,8 @@ def batch_dims(program: Program, asked: Mapping[str, int | None], microbatches: 
     dims = {name: 0 for name, value in inputs.items() if name not in asked and value.shape and value.shape[0] == common}
     dims |= {name: dim for name, dim in asked.items() if dim is not None}
     for name, dim in dims.items():
+        if not 0 <= dim < len(inputs[name].shape):
+            raise InputError(f"batch says dim {dim} of {name}, which is {tuple(inputs[name].shape)}: count its dims from 0")
         size = inputs[name].shape[dim]
         if size % microbatches:
             near = max(microbatches, size // microbatches * microbatches)
