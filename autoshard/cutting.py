@@ -93,7 +93,7 @@ def _check_stages(parts: Blocks, stages: int) -> None:
     pieces = len(set(parts.forced.tolist()) | {0})
     if parts.count < stages:
         raise ConstraintError(
-            f"{stages} stages need {stages - 1} places to cut at, and only {parts.count - 1} are allowed; use fewer stages"
+            f"{stages} stages need {stages - 1} places to cut at, and only {max(parts.count - 1, 0)} are allowed; use fewer stages"
         )
     if pieces > stages:
         raise ConstraintError(f"starts_at asks for {pieces} stages of {stages}; drop {pieces - stages} of its places or use more stages")

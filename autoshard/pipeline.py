@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from autoshard.errors import InputError
 from autoshard.mesh import MeshSpec
 from autoshard.pipeline_timeline import StageCosts
 from autoshard.schedules import Schedule
@@ -26,6 +27,7 @@ class Pipelining:
     actions made for the costs of the stages. stages_per_rank: for schedules of several stages on a rank. starts: modules, by path,
     that each begin a stage ("model.layers.10"). together: modules that no cut may part. batch: the batch dim of an argument by name,
     or None for one that every microbatch gets whole; by default dim 0 of every tensor of the most common length.
+    Raises InputError for numbers below 1 and for a text where modules are listed.
     """
 
     microbatches: int | None = None
@@ -34,6 +36,15 @@ class Pipelining:
     starts: tuple[str, ...] = ()
     together: tuple[str, ...] = ()
     batch: Mapping[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("microbatches", "stages_per_rank"):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise InputError(f"{name}={number!r} is no number of them: give an int of 1 or more, or None to have it chosen")
+        for name in ("starts", "together"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"{name} lists modules: write {name}=({getattr(self, name)!r},)")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ class CutStages:
         if pipeline is None:
             return program
         placed = chain_of(program, CostModel(program.mesh, self.hardware))
+        if not placed.places:
+            raise PlanError(
+                "nothing that the model computes depends on a batch that microbatches cut, so there are no stages: say which dim of which "
+                "argument it is, Pipelining(batch={\"x\": 0}), or leave out axis 'pp'"
+            )
         axis = pipeline.mesh.index(PIPELINE_AXIS)
         links = axis_links(self.hardware, pipeline.mesh.shape, axis)
         link = Link(links.hop_latency_s, links.hop_bytes_per_s)
@@ -97,8 +102,10 @@ class CutStages:
             yield "gpipe", per_rank or 1  # forward alone: the order of backward is not asked for
         elif name is not None:
             yield name, per_rank or (1 if name in ("gpipe", "1f1b", LISTED) else 2)
+        elif per_rank is None:
+            yield from _TRIED
         else:
-            yield from ((n, k) for n, k in _TRIED if per_rank in (None, k))
+            yield from (("1f1b" if per_rank == 1 else "interleaved_1f1b", per_rank), (LISTED, per_rank))
 
     def _cut(
         self,

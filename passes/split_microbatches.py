@@ -7,12 +7,13 @@ A microbatch is to the batch what a rank is to an axis, but in time: the pass gi
     R      all have the whole value                            parameters, and what comes of them
 
 by the rules of the ops, walking the graph once. What one microbatch cannot know of the others is had in one of these ways, in this
-order: an R is cut, or divided into equal terms; a value that arguments alone make (how many labels count, say) is computed of the whole
-arguments; rows are picked out of an R; and of a sum over the batch that is not used linearly (the balance loss of experts) each
+order: an R is cut, or divided into equal terms; rows are picked out of an R; a value that arguments alone make (how many labels count,
+say) is computed of the whole arguments; and of a sum over the batch that is not used linearly (the balance loss of experts) each
 microbatch takes its own estimate, its term times the number of microbatches, which is reported. The statistics of a BatchNorm are
 each microbatch's own.
 
-A mean of losses over labels that count is spelled as their sum over their number first, so that it is exact.
+A mean of losses over labels that count is spelled as their sum over their number first, so that it is exact; an index that counts the
+rows as a gather, as a microbatch counts its own.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ from autoshard.passes.localize_shapes import localize_sizes
 from autoshard.pipeline import Joined, Pipeline
 from autoshard.placements import I, P, Placement, R, S, local_shape
 from autoshard.program import Facts, Program, facts, op_name, producer, replace_operands, set_facts, tensor_operands, writes_statistics
+from autoshard.row_numbers import spell_row_numbers
 from autoshard.runtime.loss import AVERAGED
 
 _DIVIDED = frozenset({"mean", "kl_div", *AVERAGED})  # lowerings that only divide by the number of pieces
-_SPREAD, _WHOLE, _PICK, _ESTIMATE = 1, 10, 20, 1000  # how dear it is to give an op the operand it wants
+_SPREAD, _PICK, _WHOLE, _ESTIMATE = 1, 10, 100, 1000  # how dear it is to give an op the operand it wants
 Value = tuple[fx.Node, int]
 
 
@@ -59,6 +61,7 @@ class SplitMicrobatches:
         cut = batch_dims(program, self.batch, count)
         if count > 1:
             spell_masked_means(program)
+            spell_row_numbers(program)
         splitter = _Splitter(program, count, cut)
         results = splitter.run()
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
@@ -91,6 +94,8 @@ def batch_dims(program: Program, asked: Mapping[str, int | None], microbatches: 
     dims = {name: 0 for name, value in inputs.items() if name not in asked and value.shape and value.shape[0] == common}
     dims |= {name: dim for name, dim in asked.items() if dim is not None}
     for name, dim in dims.items():
+        if not 0 <= dim < len(inputs[name].shape):
+            raise InputError(f"batch says dim {dim} of {name}, which is {tuple(inputs[name].shape)}: count its dims from 0")
         size = inputs[name].shape[dim]
         if size % microbatches:
             near = max(microbatches, size // microbatches * microbatches)
@@ -129,9 +134,11 @@ class _Splitter:
         self.strategy: dict[fx.Node, Strategy] = {}
         self.of_arguments: set[fx.Node] = set()  # what arguments and constants alone make, the same at any time
         self.estimates: set[fx.Node] = set()
+        self.share_of: dict[fx.Node, fx.Node] = {}  # a microbatch's term, and the value that is the sum
         self.made: dict[tuple, fx.Node] = {}
         self.rows: dict[str, int] = {}
         self.segmentations = find_segmentations(program)
+        self.cuttings: dict[tuple[fx.Node, int, Placement], Strategy | None] = {}
 
     def run(self) -> tuple[Joined, ...]:
         for node in self.program.nodes():
@@ -158,6 +165,9 @@ class _Splitter:
         is_computed = facts(node).role in ("op", "projection") and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
         return is_computed and self.of_arguments.issuperset(node.all_input_nodes)
 
+    def _cut_dims(self) -> str:
+        return ", ".join(f"dim {dim} of {name}" for name, dim in self.cut.items()) or "no dim of any argument"
+
     def _inherit(self, node: fx.Node) -> None:
         self.at[node, 0] = self.at[producer(node)]
         if producer(node)[0] in self.estimates:
@@ -183,7 +193,8 @@ class _Splitter:
         if found[0] is None or found[2] is None:
             raise PlanError(
                 f"{op_name(node)} ({facts(node).source}) cannot be computed of one microbatch: no rule says how it acts on part of the "
-                "batch. Register a rule that splits its batch dim (autoshard.register_rule), or leave out axis 'pp'"
+                f"batch, which is {self._cut_dims()}. If the batch is another dim, say so: Pipelining(batch={{...}}); if rows do not mix "
+                "here, register a rule that splits its batch dim (autoshard.register_rule); else leave out axis 'pp'"
             )
         strategy = found[2]
         new = [self._fetch(operand, want, node) for operand, want in zip(operands, strategy.inputs, strict=True)]
@@ -275,6 +286,10 @@ class _Splitter:
             self.made[operand, suffix] = new
             self.strategy[new] = Strategy((placement,), (placement,))
             self.at[new, 0] = placement
+            if suffix == "share":
+                self.share_of[new] = operand
+            if operand in self.of_arguments or self._is_of_arguments(operand):
+                self.of_arguments.add(new)
             if operand in self.estimates:
                 self.estimates.add(new)
         return self.made[operand, suffix]
@@ -291,6 +306,11 @@ class _Splitter:
         return self._cutting(node, index, want) is not None
 
     def _cutting(self, node: fx.Node, index: int, want: Placement) -> Strategy | None:
+        if (node, index, want) not in self.cuttings:
+            self.cuttings[node, index, want] = self._find_cutting(node, index, want)
+        return self.cuttings[node, index, want]
+
+    def _find_cutting(self, node: fx.Node, index: int, want: Placement) -> Strategy | None:
         for option in self._options(node):
             if option.outputs[index] != want:
                 continue
@@ -345,6 +365,8 @@ class _Splitter:
 
     def _of_all(self, operand: fx.Node) -> fx.Node:
         """A copy of what arguments alone make, of the whole arguments."""
+        if operand in self.share_of:
+            return self._of_all(self.share_of[operand])
         if self._lies(operand) == R or (operand, "of_all") in self.made:
             return self.made.get((operand, "of_all"), operand)
         known = facts(operand)

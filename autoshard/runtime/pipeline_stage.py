@@ -292,15 +292,10 @@ class Stage(PipelineStage):
             raise PlanError(f"stage {self.stage_index} passes on other values than planned: {'; '.join(wrong)}")
 
     def _root(self, output: Tensor) -> Tensor | GradientEdge | None:
-        """Where backward starts: the edge alone, so that a value may be freed before its gradient comes.
-
-        The library's split backward wants a tensor, and detaches it in place: never a view, never a leaf.
-        """
+        """Where backward starts: the edge alone, so that a value may be freed before its gradient comes."""
         if not output.requires_grad:
             return None
-        if not self._step.splits:
-            return get_gradient_edge(output)
-        return output.clone() if output.is_leaf or output._is_view() else output
+        return _Root.apply(output) if self._step.splits else get_gradient_edge(output)
 
     def _arrived_grads(self, microbatch: int) -> tuple[Tensor | None, ...]:
         """Gradients of what the stage passed on, in that order; () at the last stage."""
@@ -322,6 +317,21 @@ class Stage(PipelineStage):
     def _backward_of_inputs(self, tape: _Tape, microbatch: int) -> tuple[Tensor | None, ...]:
         grads, self._weights[microbatch] = split_backward(tape.received, *_with_gradient(tape))
         return grads
+
+
+class _Root(torch.autograd.Function):
+    """A tensor without memory that backward starts from in place of an output.
+
+    The library's split backward detaches its roots in place, which a view forbids and an op that saved its own result does not survive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return torch.empty_strided(output.shape, (0,) * output.dim(), dtype=output.dtype, device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def _with_gradient(tape: _Tape) -> tuple[list[Any], list[Tensor]]:
