@@ -24,7 +24,7 @@ def spell_row_numbers(program: Program) -> None:
     """Rewrite every index by the number of the row, and at most one index tensor beside it, in the program."""
     for node in program.nodes("op"):
         if op_name(node) == "aten.index.Tensor":
-            rows, *others = node.args[1]  # type: ignore[misc]
+            rows, *others = tuple(node.args[1])  # type: ignore[arg-type]
             if isinstance(rows, fx.Node) and len(others) < 2 and _counts_rows(rows, _value(node.args[0]).shape[0]):  # type: ignore[arg-type]
                 _spell(program, node, others)
 
@@ -46,7 +46,7 @@ def _counts_rows(index: fx.Node, length: int) -> bool:
 
 def _spell(program: Program, node: fx.Node, others: list[Any]) -> None:
     x, rows = node.args[0], node.args[1][0]  # type: ignore[index]
-    assert isinstance(x, fx.Node)
+    assert isinstance(x, fx.Node) and isinstance(rows, fx.Node)
     shape, result = _value(x).shape, facts(node).value
 
     def add(op: Any, args: tuple, value: TensorInfo, name: str) -> fx.Node:
