@@ -46,7 +46,8 @@ def _counts_rows(index: fx.Node, length: int) -> bool:
 
 def _spell(program: Program, node: fx.Node, others: list[Any]) -> None:
     x, rows = node.args[0], node.args[1][0]  # type: ignore[index]
-    assert isinstance(x, fx.Node) and isinstance(rows, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(rows, fx.Node)
     shape, result = _value(x).shape, facts(node).value
 
     def add(op: Any, args: tuple, value: TensorInfo, name: str) -> fx.Node:

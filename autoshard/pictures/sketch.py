@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import graphviz
 from torch import fx
@@ -17,7 +18,7 @@ from autoshard.pictures.grouping import Groups, is_view, packet
 from autoshard.pictures.labels import PALE, cell, text, tooltip
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Facts, Program, facts, row_of
-from autoshard.text import describe_value, human_bytes, human_seconds
+from autoshard.text import describe_value, fold_name, human_bytes, human_seconds
 from autoshard.traffic import traffic
 
 _SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy"}
@@ -76,14 +77,18 @@ class Sketch:
         return mark
 
     def _title(self) -> str:
-        mesh = self.program.mesh
+        mesh, pipeline = self.program.whole_mesh, self.program.pipeline
         first = f"mesh {mesh}, {mesh.size} ranks"
-        if "objective_s" in self.program.stats:
+        if pipeline is not None:
+            first += f", predicted step {human_seconds(self.program.stats.get('pipeline_s', 0.0))}: {pipeline.described}"
+        elif "objective_s" in self.program.stats:
             step_s = sum(row.total_s for row in self.pricer.rows() if row.is_per_step)
             first += f", predicted step {human_seconds(step_s)}, nothing overlapped"
         moved = traffic(self.program, self.costs)
         sent = [f"{name.replace('_', '-')} {human_bytes(count)}" for name, count in moved.items()]
         rows = [text(first, size=15, is_bold=True), text(f"a rank sends per step: {', '.join(sent) or 'nothing'}", PALE)]
+        if pipeline is not None:
+            rows.append(text("shapes, bytes and seconds beside a module are those of one microbatch", PALE))
         rows += [text(words, "#b3261e", 11, is_bold=True) for words in self.left_out]
         rows = [cell(row, "ALIGN='CENTER'") for row in rows]
         return labels.table([*rows, *(cell(row, "ALIGN='CENTER'") for row in labels.legend(moved))])
@@ -157,9 +162,27 @@ class Sketch:
     def _cluster(self, child: str, path: str) -> dict[str, str]:
         depth = sum(p in self.clusters for p in prefixes(child)) - 1
         line = {"color": labels.INK, "penwidth": "2"} if child in self.folding.copies else {"color": labels.LINE, "penwidth": "1"}
-        label = f"<{text(self._named(child, path), is_bold=True)} {text(self.kinds.get(child, ''), PALE)}>"
+        label = f"<{text(self._named(child, path), is_bold=True)} {text(self.kinds.get(child, '') + self._stages(child), PALE)}>"
         fill = {"style": "rounded,filled", "fillcolor": labels.DEPTHS[min(depth, len(labels.DEPTHS) - 1)]}
         return {"label": label, "labeljust": "l", "margin": "8", "tooltip": tooltip([child]), **fill, **line}
+
+    def _stages(self, path: str) -> str:
+        """The pipeline stages that a module and its copies stand in, as words behind its class."""
+        found = self._stages_of.get(fold_name(path))
+        if found is None:
+            return ""
+        return f", stage {found[0]}" if found[0] == found[1] else f", stages {found[0]} to {found[1]}"
+
+    @cached_property
+    def _stages_of(self) -> dict[str, tuple[int, int]]:
+        """By the path of a module, numbers folded, its first and last stage."""
+        found: dict[str, tuple[int, int]] = {}
+        for node in self.program.nodes("op") if self.program.pipeline is not None else ():
+            stage = facts(node).stage
+            for path in prefixes(facts(node).source.module) if stage is not None else ():
+                known = found.get(fold_name(path), (stage, stage))
+                found[fold_name(path)] = min(known[0], stage), max(known[1], stage)  # type: ignore[type-var,assignment]
+        return found
 
     def _named(self, path: str, frame: str) -> str:
         """A module's name within `frame`, with its copies."""
@@ -241,7 +264,7 @@ class Sketch:
     def _card(self, head: fx.Node, members: Sequence[fx.Node]) -> Drawn:
         """A closed module: name, what leaves it and what it sends; beside that its parameters."""
         path, frame = self.card[head], self._frame(self._home(head))
-        title = f"{text(self._named(path, frame), is_bold=True)} {text(self.kinds.get(path, ''), PALE)}"
+        title = f"{text(self._named(path, frame), is_bold=True)} {text(self.kinds.get(path, '') + self._stages(path), PALE)}"
         left = [cell(title), *self._values(self._leaving(head, members)), *self._sends(members)]
         parameters = self._parameters(members, path)
         beside = cell(parameters, f"ALIGN='LEFT' BGCOLOR='{labels.PARAMETER}' ROWSPAN='{len(left)}'") if parameters else ""

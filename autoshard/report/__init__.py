@@ -58,7 +58,7 @@ def page(subject: Subject) -> str:
     body = joined(
         element("section", element("h2", section.title), inner, id=section.name, aria_label=section.title) for section, inner in shown
     )
-    title = f"{plan.model_name} on {plan.mesh}"
+    title = f"{plan.model_name} on {plan.program.whole_mesh}"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
     head = [
@@ -68,7 +68,9 @@ def page(subject: Subject) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>\n{style}</style>",
     ]
-    top = element("header", element("h1", title), paragraph(f"{plan.mesh.size} ranks, hardware {plan.hardware.name}, {_asked(plan)}"))
+    top = element(
+        "header", element("h1", title), paragraph(f"{plan.program.whole_mesh.size} ranks, hardware {plan.hardware.name}, {_asked(plan)}")
+    )
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n{chr(10).join(head)}\n</head>\n<body>\n'
         f'<a class="skip" href="#content">To the content</a>\n{top}\n{element("nav", links, aria_label="sections")}\n'

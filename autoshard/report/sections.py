@@ -23,9 +23,11 @@ from autoshard.report.comparisons import alternatives, comparison
 from autoshard.report.graph import graph
 from autoshard.report.markup import Cell, Markup, code, count, element, joined, nbytes, paragraph, seconds, share, table, whole
 from autoshard.report.subject import Subject
+from autoshard.stage_shares import kept_by_rank, stage_shares, weights_by_rank
 from autoshard.symbolic import short
 from autoshard.text import fold_name, human_bytes, human_seconds, short_dtype
 from autoshard.timeline import Timeline
+from autoshard.traffic import traffic
 
 if TYPE_CHECKING:
     from autoshard.plan import Plan
@@ -46,8 +48,11 @@ class Section:
 def summary(subject: Subject) -> Markup:
     """The plan in words and in a few numbers."""
     plan, timeline = subject.plan, subject.timeline
-    held = sum(subject.costs.local_bytes(facts(node).value, facts(node).layout) for node in plan.program.parameters().values())
-    sent = sum(row.wire_bytes for row in subject.cost.rows if row.is_per_step)
+    if plan.program.pipeline is None:
+        held = sum(subject.costs.local_bytes(facts(node).value, facts(node).layout) for node in plan.program.parameters().values())
+    else:
+        held = max(parameters for parameters, _ in weights_by_rank(plan.program, subject.costs))
+    sent = sum(traffic(plan.program, subject.costs).values())
     figures = {
         "predicted step": human_seconds(timeline.total_s),
         **_waiting(timeline),
@@ -55,7 +60,7 @@ def summary(subject: Subject) -> Markup:
         "parameters on a rank": human_bytes(held),
     }
     if "kept_bytes" in plan.program.stats:
-        figures["state and kept results on a rank"] = human_bytes(plan.program.stats["kept_bytes"])
+        figures["state and kept results on a rank"] = human_bytes(kept_by_rank(subject.cost))
     tiles = (element("div", element("dt", name), element("dd", shown)) for name, shown in figures.items())
     notes = element("ul", *(element("li", note) for note in subject.explanation.fallbacks))
     to_know = joined([element("h3", "To know"), notes]) if subject.explanation.fallbacks else ""
@@ -127,7 +132,7 @@ def _reasons(plan: Plan) -> dict[str, str]:
     cost = plan.cost
     nodes, found = nodes_of_rows(cost.program), dict[str, dict[str, dict[str, None]]]()
     for row in cost.rows:
-        if row.axis and row.is_per_step and facts(nodes[row.node]).role == "conversion":
+        if row.axis and row.is_per_step and row.node in nodes and facts(nodes[row.node]).role == "conversion":
             source = source_of_value(nodes[row.node])
             if facts(source).role == "parameter":
                 found.setdefault(facts(source).name, {}).setdefault(reason_of(row.op, is_parameter=True), {})[_label(row)] = None
@@ -140,6 +145,9 @@ def _shape(sizes: Sequence[int]) -> str:
 
 def _label(row: CostRow) -> str:
     return row.label.replace("_", "-").replace("@", " @")
+
+
+_PASSED = "later stages read it"
 
 
 def communication(subject: Subject) -> Markup:
@@ -159,7 +167,11 @@ def communication(subject: Subject) -> Markup:
             count(sum(row.times for row in group)),
         ]
         each += [nbytes(sum(row.wire_bytes for row in group)), seconds(sum(row.forward_s for row in group))]
-        each += [seconds(sum(row.backward_s for row in group)), share(spent, total), why_sent(program, nodes[first.node], first)]
+        each += [
+            seconds(sum(row.backward_s for row in group)),
+            share(spent, total),
+            why_sent(program, nodes[first.node], first) if first.node in nodes else _PASSED,
+        ]
         rows.append(each)
     columns = ("at", "collective", "axis", "#count", "#sent", "#forward", "#backward", "#share", "why")
     by_kind = _totals(sent, "Sent by collective and axis", "collective", _label, total)
@@ -190,7 +202,7 @@ def time(subject: Subject) -> Markup:
     """Where the step goes: what bounds the ops, and each collective."""
     groups = {group.name: group for group in subject.cost.by("kind") if group.total_s}
     order = [name for name in _BOUNDS if name in groups] + [name for name in groups if name not in _BOUNDS]
-    looks = {name: f"time-{name}" if name in _BOUNDS else _look(name, subject.plan.mesh.axes) for name in order}
+    looks = {name: f"time-{name}" if name in _BOUNDS else _look(name, subject.plan.program.whole_mesh.axes) for name in order}
     said = {name: f"bound by {name}" if name in _BOUNDS[:3] else name.replace("_", "-").replace("@", " @") for name in order}
     parts = [(said[name], looks[name], groups[name].total_s, human_seconds(groups[name].total_s)) for name in order]
     rows: list[list[Cell]] = []
@@ -208,6 +220,23 @@ def _look(label: str, axes: Sequence[str]) -> str:
     """Classes of a collective's colour: its kind's, lighter for every further axis."""
     kind, _, axis = label.partition("@")
     return f"time-{kind.replace('_', '-')} axis-{min(axes.index(axis), 3)}"
+
+
+def stages(subject: Subject) -> Markup | None:
+    """Where the model is cut, and what every stage takes."""
+    program, pipeline = subject.plan.program, subject.plan.program.pipeline
+    if pipeline is None:
+        return None
+    rows: list[list[Cell]] = []
+    for stage, own in zip(stage_shares(program, subject.costs), pipeline.costs, strict=True):
+        rows.append([count(stage.number), count(stage.rank), code(stage.modules), seconds(own.forward_s), seconds(own.backward_s)])
+        rows[-1] += [seconds(own.once_s + own.after_s), seconds(own.send_s), nbytes(stage.parameter_bytes), nbytes(own.kept_bytes)]
+    words = f"{pipeline.described[0].upper()}{pipeline.described[1:]}. Seconds and kept bytes are those of one microbatch."
+    usual = {"as many layers in each stage": "even_layers_s", "as many bytes of parameters": "even_parameters_s"}
+    others = [f"{human_seconds(program.stats[key])} with {name}" for name, key in usual.items() if key in program.stats]
+    found = f"The step takes {human_seconds(subject.timeline.total_s)}" + (f", against {' and '.join(others)}." if others else ".")
+    columns = ("#stage", "#rank of pp", "from, to", "#forward", "#backward", "#once a step", "#sending", "#parameters", "#kept")
+    return joined([paragraph(words), paragraph(found), table("Stages", columns, rows)])
 
 
 def timeline(subject: Subject) -> Markup:
@@ -277,6 +306,7 @@ SECTIONS = (
     Section("parameters", "Parameters", parameters),
     Section("communication", "Communication", communication),
     Section("time", "Time", time),
+    Section("stages", "Stages", stages),
     Section("timeline", "Timeline", timeline),
     Section("memory", "Memory", memory),
     Section("graph", "Graph", graph),
