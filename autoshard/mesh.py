@@ -119,3 +119,13 @@ def mesh_of_stage(mesh: DeviceMesh) -> DeviceMesh:
     if kept:
         return mesh[kept]
     return DeviceMesh(mesh.device_type, mesh.mesh.reshape(-1, 1), mesh_dim_names=(PIPELINE_AXIS, "one"))["one"]
+
+
+def group_of_all(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh; every one of them calls this."""
+    ranks = mesh.mesh.flatten().tolist()
+    if sorted(ranks) == list(range(dist.get_world_size())):
+        return dist.group.WORLD  # type: ignore[return-value]
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return dist.new_group(ranks, use_local_synchronization=True)

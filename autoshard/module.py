@@ -26,7 +26,7 @@ from autoshard.dtensors import layout_of, torch_placements
 from autoshard.dynamic_dims import Marks, marks_of, without_short
 from autoshard.errors import InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
-from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, mesh_of_stage
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, group_of_all, mesh_of_stage
 from autoshard.module_state import State, slots_of
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.pipelined_program import PipelinedProgram
@@ -387,7 +387,8 @@ class ShardedModule(nn.Module):
         if plan.program.pipeline is None:
             return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
         group = state.whole_mesh.get_group(PIPELINE_AXIS)
-        found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group, state.compiled)
+        everyone = group_of_all(state.whole_mesh)
+        found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group, everyone, state.compiled)
         gradient_norms.register(self, state.mesh, group, found.repeated)
         return found
 

@@ -43,9 +43,10 @@ class PipelinedProgram:
         device: torch.device,
         seed: Callable[[], int],
         group: dist.ProcessGroup,
+        everyone: dist.ProcessGroup,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
-        """compiled: arguments of torch.compile for the forward pass of every stage; None: do not compile."""
+        """everyone: all ranks of the mesh. compiled: options of torch.compile for the forward pass of every stage; None: run it as it is."""
         assert plan.program.pipeline is not None
         self.plan, self.slots, self.device, self.seed, self.group = plan, slots, device, seed, group
         self.pipeline: Pipeline = plan.program.pipeline
@@ -77,7 +78,7 @@ class PipelinedProgram:
         self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
         self.tied = tied_groups(held, self.pipeline.stage_ranks, group)
         parts = [self._engine_stage(stage) for stage in self.stages]
-        self.engine = PipelineEngine(parts, self.pipeline.stage_ranks, self.pipeline.microbatches, group, device)
+        self.engine = PipelineEngine(parts, self.pipeline.stage_ranks, self.pipeline.microbatches, group, device, everyone)
         self.last = self.pipeline.stage_ranks[-1]
 
     def _ranks(self, stages: Sequence[int]) -> tuple[int, ...]:

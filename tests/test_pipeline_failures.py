@@ -13,7 +13,9 @@ import torch.distributed as dist
 from pipelines import Wrecked, assert_gradients, assert_same, chain, engine_of, gpipe, one_f_one_b, schedule_of, single_process
 from processes import run_on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
+import autoshard
 from autoshard.errors import StageError
 from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine
 
@@ -120,3 +122,33 @@ def waits_in_vain() -> str:
 def test_a_rank_that_does_not_answer_is_named_after_the_timeout() -> None:
     text = run_on_ranks(2, waits_in_vain)[0]
     assert text.startswith("stage 0 on rank 0 waited for the gradients of microbatch 0 from stage 1 on rank 1: ")
+
+
+class Words(nn.Module):
+    """An index beyond the table fails in the first stage, of the replica that has the row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(8, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.out(torch.tanh(self.table(ids)))).sum()
+
+
+def fails_in_one_replica() -> tuple[str, bool]:
+    """What a rank is told, and whether the loss is the same before and after."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    model = autoshard.compile(Words(), mesh, template="ddp", pipeline=autoshard.Pipelining(2))
+    ids, wrong = torch.arange(8), torch.arange(8)
+    wrong[1] = 100
+    before = float(model(ids).detach())
+    with pytest.raises(StageError) as caught:
+        model(wrong)
+    return str(caught.value), float(model(ids).detach()) == before
+
+
+def test_a_failure_of_one_replica_ends_the_step_of_all() -> None:
+    for text, is_unharmed in run_on_ranks(4, fails_in_one_replica):
+        assert text.startswith("stage 0, forward of microbatch 0, failed on rank 0: IndexError: index out of range")
+        assert is_unharmed

@@ -45,10 +45,18 @@ class PipelineEngine:
     """
 
     def __init__(
-        self, stages: Sequence[EngineStage], stage_ranks: Sequence[int], microbatches: int, group: dist.ProcessGroup, device: torch.device
+        self,
+        stages: Sequence[EngineStage],
+        stage_ranks: Sequence[int],
+        microbatches: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        everyone: dist.ProcessGroup | None = None,
     ) -> None:
+        """everyone: the ranks that must learn of a failure, `group` and others that run the same pipeline on other data."""
         check_library()
         self._group, self._stage_ranks, self._microbatches = group, tuple(stage_ranks), microbatches
+        self._everyone = everyone or group
         self._device = torch.empty(0, device=device).device  # with its index
         _raise_disagreements(stages, self._stage_ranks, microbatches, group)
         self._step = Step()
@@ -124,11 +132,11 @@ class PipelineEngine:
         """Of all ranks, in the order in which they happened; [] costs one small all-reduce."""
         try:
             mark = torch.tensor(self._step.failure is not None, dtype=torch.int32, device=self._device)
-            dist.all_reduce(mark, dist.ReduceOp.MAX, group=self._group)
+            dist.all_reduce(mark, dist.ReduceOp.MAX, group=self._everyone)
             if not mark.item():
                 return []
-            everyone: list[Any] = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(everyone, self._step.failure, group=self._group)
+            everyone: list[Any] = [None] * dist.get_world_size(self._everyone)
+            dist.all_gather_object(everyone, self._step.failure, group=self._everyone)
         except Exception as error:
             own = self._step.failure.text if self._step.failure else f"rank {dist.get_rank()} ran its part of a step"
             raise StageError(f"{own}; then a rank of the pipeline was gone, or late: {error}") from error
