@@ -16,7 +16,7 @@ from autoshard.costs import CostModel
 from autoshard.program import facts
 from autoshard.traffic import all_sent, sent_inside, traffic
 
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parent / "benchmarks"))  # last: it has a pipelines.py too
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import all_reduces
 import gpt

@@ -1,7 +1,7 @@
 """Measure how fast plans are made and what they are predicted to cost; writes the pages of docs/benchmarks.
 
-python tests/benchmarks/run.py             what `make bench` runs: planning.md, then plan_speed.md, plan_quality.md and prediction.md by
-                                           the scripts of these names; needs no GPU, about half an hour
+python tests/benchmarks/run.py             what `make bench` runs: planning.md, then the pages of plan_speed, plan_quality, prediction and
+                                           pipelines by the scripts of these names; needs no GPU, about three quarters of an hour
 python tests/benchmarks/run.py --repeats 1 --out FOLDER --pages planning
 """
 
@@ -30,7 +30,7 @@ import autoshard  # noqa: E402
 from autoshard.text import human_bytes, human_seconds  # noqa: E402
 
 TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
-PAGES = ("planning", "plan_speed", "plan_quality", "prediction")
+PAGES = ("planning", "plan_speed", "plan_quality", "prediction", "pipelines")
 PHASES = ("trace", "build", "solve", "emit")
 
 
