@@ -103,5 +103,5 @@ def _too_small(memory_bytes: float, least: float, bound: float, stages: int) -> 
     proof = "no cut takes less" if bound >= least * (1 - 1e-12) else f"no cut takes less than {human_bytes(bound)}"
     return (
         f"no cut into {stages} stages fits {human_bytes(memory_bytes)} a rank: the leanest found takes {human_bytes(least)} on its fullest "
-        f"rank, and {proof}; give memory_bytes={math.ceil(least)}, more stages or fewer microbatches in flight"
+        f"rank, and {proof}; give a budget of {math.ceil(least)} bytes, more stages or fewer microbatches in flight"
     )

@@ -46,7 +46,7 @@ class PipelinedProgram:
         everyone: dist.ProcessGroup,
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
-        """everyone: all ranks of the mesh. compiled: options of torch.compile for the forward pass of every stage; None: run it as it is."""
+        """everyone: all ranks of the mesh. compiled: options of torch.compile for forward of every stage; None: run it as it is."""
         assert plan.program.pipeline is not None
         self.plan, self.slots, self.device, self.seed, self.group = plan, slots, device, seed, group
         self.pipeline: Pipeline = plan.program.pipeline

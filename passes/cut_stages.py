@@ -28,7 +28,7 @@ from autoshard.program import Program, facts
 from autoshard.schedules import NAMES, SPLITS_BACKWARD, Schedule, make_schedule, stage_ranks
 from autoshard.stage_chain import PlacedChain, chain_of
 from autoshard.stages import kinds_of, readers, stage_programs
-from autoshard.text import human_seconds
+from autoshard.text import human_bytes, human_seconds
 
 LISTED = "list"
 _TRIED = (("1f1b", 1), (LISTED, 1), ("interleaved_1f1b", 2), (LISTED, 2))
@@ -71,6 +71,12 @@ class CutStages:
         program.pipeline = replace(pipeline, name=name, stage_ranks=lies, schedule=schedule, costs=result.costs, latency_s=link.latency_s)
         program.stats |= {"pipeline_s": result.total_s, "pipeline_bound_s": result.bound_s, "stage_balance": result.balance}
         program.stats["stage_bytes"] = max(result.peak_bytes, default=0.0)  # of a rank: weights, and what is kept in flight
+        available = self.hardware.device.memory_bytes
+        if self.memory_budget_bytes is None and program.is_training and program.stats["stage_bytes"] > available:
+            program.note(
+                f"a rank of these stages keeps {human_bytes(program.stats['stage_bytes'])} by prediction, a device of hardware "
+                f"{self.hardware.name!r} has {human_bytes(available)}; memory_budget_bytes={0.9 * available:.3g} cuts for less"
+            )
         program.stages = stage_programs(program)
         if not self.fixed:
             _compare(program, placed, link, result)
@@ -123,11 +129,14 @@ class CutStages:
         schedule = make_schedule(plain, ranks, count, per_rank)
         found = cut(placed.chain, schedule, lies, link, self.memory_budget_bytes, starts, together)
         if name == LISTED:
-            room = None if self.memory_budget_bytes is None else self.memory_budget_bytes
-            limit = None if room is None else [room - w for w in _resident(placed, found, lies, ranks)]
-            schedule = list_schedule(found.costs, lies, count, None, False, limit, link.latency_s)
-            again = evaluate_cut(placed.chain, found.starts, schedule, lies, link)
-            found = replace(again, bound_s=min(found.bound_s, again.total_s))
+            budget = self.memory_budget_bytes
+            limit = None if budget is None else [budget - weights for weights in _resident(placed, found, lies, ranks)]
+            listed = list_schedule(found.costs, lies, count, None, False, limit, link.latency_s)
+            again = evaluate_cut(placed.chain, found.starts, listed, lies, link)
+            work_s = count * sum([*placed.chain.forward_s, *placed.chain.backward_s]) / ranks  # of any list, if no rank ever waits
+            if again.total_s < found.total_s:
+                schedule, found = listed, again
+            found = replace(found, bound_s=min(work_s, found.total_s))
         return name, schedule, lies, found
 
     def _constraints(self, placed: PlacedChain) -> tuple[list[int], list[list[int]]]:

@@ -168,7 +168,7 @@ def test_a_memory_budget_is_kept_or_refused_with_one_that_works(name: str, mesh:
     free = priced_again(plan_of(name, mesh, schedule=schedule))
     with pytest.raises(BudgetError) as refused:
         plan_of(name, mesh, 1.0, schedule=schedule)
-    found = re.search(r"memory_bytes=(\d+)", str(refused.value))
+    found = re.search(r"a budget of (\d+) bytes", str(refused.value))
     assert found, refused.value
     least = int(found[1])
     assert least <= math.ceil(max(free.peak_bytes))

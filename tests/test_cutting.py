@@ -96,7 +96,7 @@ def test_equals_the_best_of_all_cuts(
     memory_bytes = None if spare is None else least_bytes + spare
     fit = [c for c in tried if memory_bytes is None or max(c.peak_bytes) <= memory_bytes]
     if not fit:
-        with pytest.raises(BudgetError, match=f"no cut takes less; give memory_bytes={least_bytes:.0f}, "):
+        with pytest.raises(BudgetError, match=f"no cut takes less; give a budget of {least_bytes:.0f} bytes, "):
             cut(chain, *pipeline, link, memory_bytes, starts_at, overhead_s=overhead_s)
         return
     found = cut(chain, *pipeline, link, memory_bytes, starts_at, overhead_s=overhead_s)
@@ -232,7 +232,7 @@ def test_memory_moves_the_cut() -> None:
         cut(chain, schedule, ranks, FREE, memory_bytes=35.0)
     assert str(caught.value) == (
         "no cut into 2 stages fits 35 B a rank: the leanest found takes 36 B on its fullest rank, and no cut takes less; "
-        "give memory_bytes=36, more stages or fewer microbatches in flight"
+        "give a budget of 36 bytes, more stages or fewer microbatches in flight"
     )
     uneven = replace(chain, kept_bytes=[1.0, 1.0, 20.0, 1.0, 1.0, 1.0])
     assert cut(uneven, schedule, ranks, FREE).starts == (0, 3)
