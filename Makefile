@@ -40,7 +40,7 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 docs: $(READY)  ## run every Python block and command of the documentation
-	$(BIN)/python .ci/run_code_blocks.py README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
+	$(BIN)/python .ci/run_code_blocks.py --jobs $(JOBS) README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
 
 # In an environment of its own: mkdocs reads the sources as text and needs neither torch nor the library.
 SITE := out/docs-venv

@@ -1,4 +1,4 @@
-"""Run the ```python and ```console blocks of Markdown files, those of one file in order and in one process, in a folder of its own.
+"""Run the ```python and ```console blocks of Markdown files: those of one file in order, in one process, in a folder of its own.
 
 A Python block under the comment `<!-- name.py -->` is written to that file instead of being run. In a console block, lines after `$ ` are
 commands, and what follows is what they print on stdout: `...` stands for anything, blanks count as one; `# exits with 2` names a status
@@ -6,6 +6,7 @@ other than 0. A block under `<!-- not run: why -->` is compiled but not run, and
 commands run elsewhere. Line numbers in a traceback are the file's own.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,24 +88,33 @@ def run_command(command: str, printed: str) -> None:
     assert not printed or re.fullmatch(pattern, " ".join(done.stdout.split())), f"$ {command}\nprinted\n{done.stdout}"
 
 
+def run_page(name: str) -> bool | None:
+    """Whether the page does what it says, None where it has nothing to run; what it printed is shown where it fails."""
+    path = Path(name).resolve()
+    code = script_of(path.read_text(), name)
+    if not code:
+        return None
+    start = time.perf_counter()
+    launch = (
+        f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from run_code_blocks import run_command, write_file; "
+        f"exec(compile({code!r}, {str(path)!r}, 'exec'), "
+        "{'__name__': '__main__', 'run_command': run_command, 'write_file': write_file})"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-"], input=launch, capture_output=True, text=True, cwd=folder, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        print(done.stdout + done.stderr)
+    print(f"{'FAILED' if done.returncode else 'ok':6} {name} ({time.perf_counter() - start:.1f} s)", flush=True)
+    return done.returncode == 0
+
+
 def main() -> None:
-    failed = []
-    for name in sys.argv[1:]:
-        path = Path(name).resolve()
-        code = script_of(path.read_text(), name)
-        if not code:
-            continue
-        start = time.perf_counter()
-        launch = (
-            f"import sys; sys.path.append({str(Path(__file__).parent)!r}); from run_code_blocks import run_command, write_file; "
-            f"exec(compile({code!r}, {str(path)!r}, 'exec'), "
-            "{'__name__': '__main__', 'run_command': run_command, 'write_file': write_file})"
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([sys.executable, "-"], input=launch, text=True, cwd=folder, timeout=LIMIT_S, check=False)
-        print(f"{'ok' if done.returncode == 0 else 'FAILED':6} {name} ({time.perf_counter() - start:.1f} s)", flush=True)
-        if done.returncode:
-            failed.append(name)
+    parser = argparse.ArgumentParser(description="Run the code blocks of Markdown files.")
+    parser.add_argument("--jobs", type=int, default=1, help="pages that run at once")
+    parser.add_argument("pages", nargs="+")
+    asked = parser.parse_args()
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        failed = [name for name, is_fine in zip(asked.pages, pool.map(run_page, asked.pages), strict=True) if is_fine is False]
     if failed:
         raise SystemExit(f"code blocks failed in: {', '.join(failed)}")
 

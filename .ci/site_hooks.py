@@ -1,4 +1,4 @@
-"""Hooks of mkdocs. In the nav, a folder (`Decisions: decisions/`) stands for all of its pages by name, so that a new page needs no entry."""
+"""Hooks of mkdocs. In the nav, a folder (`Decisions: decisions/`) stands for all of its pages, so that a new page needs no entry."""
 
 from pathlib import Path
 from typing import Any
