@@ -45,7 +45,7 @@ docs: $(READY)  ## run every Python block and command of the documentation
 # In an environment of its own: mkdocs reads the sources as text and needs neither torch nor the library.
 SITE := out/docs-venv
 site: $(SITE)/.ready  ## build the documentation as a site in out/site; broken links are errors
-	$(SITE)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet  # the theme's notice on its own future
 	@echo "out/site/index.html"
 
 $(SITE)/.ready: pyproject.toml
