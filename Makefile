@@ -46,7 +46,7 @@ docs: $(READY)  ## run every Python block and command of the documentation
 SITE := out/docs-venv
 site: $(SITE)/.ready  ## build the documentation as a site in out/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet  # the theme's notice on its own future
-	@echo "out/site/index.html"
+	@echo "out/site/index.html; with search: python3 -m http.server --directory out/site"
 
 $(SITE)/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python from 3.11 to 3.13 found: name one with PYTHON=/path/to/python3" >&2; exit 1; }
