@@ -14,11 +14,11 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
-demo test prove zoo examples: export OMP_NUM_THREADS ?= 1
+demo test prove zoo docs examples: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types docs examples prove zoo bench gpu clean
+.PHONY: help setup demo test check lint types docs site examples prove zoo bench gpu clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -39,8 +39,21 @@ lint: $(READY)  ## ruff
 types: $(READY)  ## mypy
 	$(BIN)/mypy
 
-docs: $(READY)  ## run every Python block of the documentation
-	$(BIN)/python .ci/run_code_blocks.py README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
+docs: $(READY)  ## run every Python block and command of the documentation
+	$(BIN)/python .ci/run_code_blocks.py --jobs $(JOBS) README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
+
+# In an environment of its own: mkdocs reads the sources as text and needs neither torch nor the library.
+SITE := out/docs-venv
+site: $(SITE)/.ready  ## build the documentation as a site in out/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet  # the theme's notice on its own future
+	@echo "out/site/index.html; with search: python3 -m http.server --directory out/site"
+
+$(SITE)/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python from 3.11 to 3.13 found: name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install -q $$($(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
 
 examples: $(READY)  ## run every example, small
 	$(BIN)/python examples/demo.py --small --steps 3 --out out/examples
