@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor
+from torch import ScriptObject
 from torch.distributed.device_mesh import DeviceMesh
 
 # The group of a name, as functional collectives are given it. If it moves: count_communication.
@@ -111,7 +111,7 @@ def count_communication(mesh: DeviceMesh | None = None) -> Iterator[Communicatio
 class _Counter(TorchDispatchMode):
     supports_higher_order_operators = True
 
-    def __init__(self, found: Communication, axes: Mapping[str, str]) -> None:
+    def __init__(self, found: Communication, axes: Mapping[Any, str]) -> None:
         super().__init__()
         self.found, self.axes = found, axes
 
@@ -144,4 +144,4 @@ def _group(given: Any) -> dist.ProcessGroup:
     """The process group that an op was given: by name, as it is, or as torch.ops wraps it."""
     if isinstance(given, dist.ProcessGroup):
         return given
-    return _resolve_process_group(given) if isinstance(given, str) else dist.ProcessGroup.unbox(given)
+    return dist.ProcessGroup.unbox(given) if isinstance(given, ScriptObject) else _resolve_process_group(given)

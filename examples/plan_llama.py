@@ -1,6 +1,6 @@
 """Plan a Llama of about one billion parameters for eight H100s, on any machine: no GPU, no weights, no processes.
 
-python examples/plan_llama.py
+    python examples/plan_llama.py
 """
 
 import time

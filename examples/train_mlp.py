@@ -1,6 +1,6 @@
 """An MLP on two processes. Each line that mentions autoshard or the mesh is all that partitioning adds to the script.
 
-torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
+    torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
 """
 
 import torch

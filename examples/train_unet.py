@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/train_unet.py
 
-For images too large for one device there is no batch to split. Two constraints ask for it: convolutions split the height, norms the space.
+For images too large for one device there is no batch to split. Two constraints ask for it: convolutions and norms split the height.
 Everything else follows: convolutions, strided and transposed ones too, fetch the rows at the edge from the neighbour, group norms add up
 their statistics, and the weights are whole on both.
 """
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import autoshard
 from autoshard.debug import count_communication
 
-CONSTRAINTS = {"split:*conv*": "h_in&h_out@sp", "split:*group_norm": "s@sp"}  # factors of the ops' rules, see docs/ops.md
+CONSTRAINTS = {"split:*conv*": "h_in&h_out@sp", "split:*group_norm": "s.1@sp"}  # factors of the ops' rules, see docs/ops.md
 
 
 class Double(nn.Sequential):
