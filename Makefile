@@ -57,8 +57,16 @@ $(SITE)/.ready: pyproject.toml
 
 examples: $(READY)  ## run every example, small
 	$(BIN)/python examples/demo.py --small --steps 3 --out out/examples
-	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
+	$(BIN)/python examples/custom_op.py
 	$(BIN)/python examples/plan_llama.py
+	$(BIN)/python examples/plan_llama_70b.py --layers 4
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_mlp.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_hf_llama.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_vit.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_unet.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_moe.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/resume_elsewhere.py
+	$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pipeline_uneven.py --out out/examples/pipeline
 
 prove: $(READY)  ## run in full: 2,100 random graphs, each on several meshes and plans; every template and random plans on four processes
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n $(JOBS) -m "(hypothesis or slow) and not zoo"

@@ -35,12 +35,15 @@ class Options:
     so that losses can be compared number by number. That is slow and takes memory: for debugging.
 
     overlap: start collectives early and wait for them late, where there is compute to hide them behind.
+
+    record_modules: programs open a range of torch.profiler for every module of the model (see docs/reading-a-plan.md, Traces).
     """
 
     seed: int | None = None
     dump_dir: str | None = None
     randomness: Randomness = "per_rank"
     overlap: bool = False
+    record_modules: bool = False
 
 
 def check_call(model: Any, args: Any) -> None:
@@ -83,6 +86,7 @@ def _settings(
         dynamic,
         extra.overlap,
         pipeline or Pipelining(),
+        extra.record_modules,
     )
 
 

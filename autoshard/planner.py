@@ -46,6 +46,7 @@ class Settings:
     dynamic: Dynamic | LeafMarks = None
     overlap: bool = False
     pipeline: Pipelining = field(default_factory=Pipelining)
+    record_modules: bool = False
 
 
 def batch_axes(mesh: MeshSpec) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def passes_for(request: Request, microbatches: int | None = None, template: Temp
         LocalizeShapes(),
         CutStages(asked.hardware, asked.pipeline, request.fixed_stages, request.stage_ranks, asked.memory_budget_bytes),
         OverlapCollectives(asked.hardware, asked.overlap),
-        EmitPrograms(type(request.model).__name__),
+        EmitPrograms(type(request.model).__name__, asked.record_modules),
     )
 
 

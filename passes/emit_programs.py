@@ -37,9 +37,13 @@ _CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
 @dataclass(frozen=True)
 class EmitPrograms:
-    """Write `program.source`. name: what the program is called in its header."""
+    """Write `program.source`. name: what the program is called in its header.
+
+    record_modules: put each module's lines in a `torch.profiler.record_function` of the module's name.
+    """
 
     name: str = "model"
+    record_modules: bool = False
 
     def __call__(self, program: Program) -> Program:
         for number, stage in enumerate(program.stages):
@@ -51,9 +55,8 @@ class EmitPrograms:
             self._write(program, self.name)
         return program
 
-    @staticmethod
-    def _write(program: Program, name: str) -> None:
-        body = [*_constants(program), *_prepare(program), *_bind_sizes(program, _forward(program))]
+    def _write(self, program: Program, name: str) -> None:
+        body = [*_constants(program), *_prepare(program), *_bind_sizes(program, _forward(program, self.record_modules))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         used |= {"gathers_again"} if repeats_gathers(program) else set()
         imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
@@ -170,14 +173,14 @@ def _is_read_forward(node: fx.Node) -> bool:
     return _is_frontier(node) and any(not facts(user).is_constant and not facts(user).is_prepared for user in node.users)
 
 
-def _forward(program: Program) -> list[str]:
+def _forward(program: Program, records: bool) -> list[str]:
     inputs = [node.name for node in given_to_forward(program)]
     lines = ["    @gathers_again  # autograd keeps shards of the weights of all_gather_again, and backward gathers them again"]
     lines = lines if repeats_gathers(program) else []
     lines += [f"    def forward({', '.join(['self', *inputs])}):", f"        {_axes_of(program)} = self.axes"]
     lines += [f'        {node.name} = self.constant("{node.name}")' for node in program.nodes() if _is_read_forward(node)]
     lines += [f'        {node.name} = self.prepared["{node.name}"]' for node in prepared_by(program)]
-    text = _Text(program, lines)
+    text = _Text(program, lines, records)
     for node in given_to_forward(program):
         if facts(node).role == "input" and _is_padded(program, node):
             text.compute(node)
@@ -189,13 +192,14 @@ def _forward(program: Program) -> list[str]:
 class _Text:
     """Lines of a method body, and what they depend on: where the source comments are, which variables nobody reads any more."""
 
-    def __init__(self, program: Program, lines: list[str]) -> None:
-        self.program, self.lines = program, lines
+    def __init__(self, program: Program, lines: list[str], records: bool = False) -> None:
+        self.program, self.lines, self.records = program, lines, records
         self.last_use = _last_uses(program)
         self.module: str | None = None
         self.place: tuple[str, int] | None = None
         self.dying: list[str] = []
         self.state: State = ()
+        self.recorded = ""  # the module whose range of the profiler is open
         self.margin = " " * 8
         self.own: set[fx.Node] | None = None  # the nodes of the function or branch that is being written
 
@@ -234,7 +238,9 @@ class _Text:
         ):
             return
         if known.role in ("op", "update"):
-            self.enter(known.autocast)
+            self.enter(known.autocast, self._module_of(node))
+        elif self.records:
+            self.enter(self.state, self._module_of(node))
         if known.role in ("op", "projection", "update"):
             self._say_where(known)
         operands = list(dict.fromkeys(node.all_input_nodes))
@@ -298,16 +304,26 @@ class _Text:
         mine = (operand for operand in shared if self.own is None or operand in self.own)
         self.dying = [o.name for o in mine if self.last_use.get(o) in own and o.op != "placeholder"]
 
-    def enter(self, state: State) -> None:
-        """Close the autocast regions that are open and open those of `state`."""
-        if state == self.state:
+    def enter(self, state: State, recorded: str = "") -> None:
+        """Close the blocks that are open, and open those of the autocast regions `state` and of the module `recorded`."""
+        if (state, recorded) == (self.state, self.recorded):
             return
         self._write(_delete(self.dying))
-        self.margin = self.margin[4:] if self.state else self.margin
-        self.dying, self.state = [], state
-        if state:
-            self._write([f"with {', '.join(map(_autocast, state))}:"])
+        self.margin = self.margin[4:] if self.state or self.recorded else self.margin
+        self.dying, self.state, self.recorded = [], state, recorded
+        contexts = [f"torch.profiler.record_function({quoted(recorded)})"] if recorded else []
+        contexts += map(_autocast, state)
+        if contexts:
+            self._write([f"with {', '.join(contexts)}:"])
             self.margin += "    "
+
+    def _module_of(self, node: fx.Node) -> str:
+        """What the profiler shows for a node, where that was asked: a conversion of a parameter belongs to the module that reads it."""
+        if not self.records:
+            return ""
+        while not facts(node).source.module_class and node.users:
+            node = next(iter(node.users))
+        return facts(node).source.module or facts(node).source.module_class
 
     def _say_where(self, known: Facts) -> None:
         if known.source.module != self.module:
