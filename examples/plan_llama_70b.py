@@ -3,9 +3,9 @@
 Eight nodes of eight GPUs: tensor parallelism inside a node, data parallelism between them, and a memory budget, under which the
 planner splits optimizer state and gradients too and chooses what backward computes again.
 
-    python examples/plan_llama_70b.py                                 one mesh, about a minute
+    python examples/plan_llama_70b.py                                 all 80 layers: minutes, two on a quiet core
     python examples/plan_llama_70b.py --mesh pp=4,dp=2,tp=8           with pipeline stages
-    python examples/plan_llama_70b.py --layers 8                      a few seconds
+    python examples/plan_llama_70b.py --layers 8                      a short one
 """
 
 import argparse
