@@ -67,9 +67,9 @@ def main() -> None:
     console.print(plan.table())
     console.print(plan.explain())
     size = sum(p.numel() for p in model.parameters())
-    predicted = plan.stats["predicted_s"]
-    console.print(f"{size / 1e9:.1f} B parameters on {plan.mesh} planned in {seconds:.0f} s")
-    console.print(f"predicted: {predicted:.2f} s a step, {ids.numel() / predicted / plan.mesh.size:,.0f} tokens a second and GPU")
+    mesh, predicted = autoshard.MeshSpec.of(args.mesh), plan.stats["predicted_s"]
+    console.print(f"{size / 1e9:.1f} B parameters on {mesh} planned in {seconds:.0f} s")
+    console.print(f"predicted: {predicted:.2f} s a step, {ids.numel() / predicted / mesh.size:,.0f} tokens a second and GPU")
 
 
 if __name__ == "__main__":
