@@ -3,9 +3,9 @@
 Eight nodes of eight GPUs: tensor parallelism inside a node, data parallelism between them, and a memory budget, under which the
 planner splits optimizer state and gradients too and chooses what backward computes again.
 
-    python examples/plan_llama_70b.py                                 one mesh, about a minute
+    python examples/plan_llama_70b.py                                 all 80 layers: minutes, two on a quiet core
     python examples/plan_llama_70b.py --mesh pp=4,dp=2,tp=8           with pipeline stages
-    python examples/plan_llama_70b.py --layers 8                      a few seconds
+    python examples/plan_llama_70b.py --layers 8                      a short one
 """
 
 import argparse
@@ -67,9 +67,9 @@ def main() -> None:
     console.print(plan.table())
     console.print(plan.explain())
     size = sum(p.numel() for p in model.parameters())
-    predicted = plan.stats["predicted_s"]
-    console.print(f"{size / 1e9:.1f} B parameters on {plan.mesh} planned in {seconds:.0f} s")
-    console.print(f"predicted: {predicted:.2f} s a step, {ids.numel() / predicted / plan.mesh.size:,.0f} tokens a second and GPU")
+    mesh, predicted = autoshard.MeshSpec.of(args.mesh), plan.stats["predicted_s"]
+    console.print(f"{size / 1e9:.1f} B parameters on {mesh} planned in {seconds:.0f} s")
+    console.print(f"predicted: {predicted:.2f} s a step, {ids.numel() / predicted / mesh.size:,.0f} tokens a second and GPU")
 
 
 if __name__ == "__main__":
