@@ -102,13 +102,6 @@ def overflow(model: nn.Module, loss: Tensor) -> None:
     model(*data()).backward(torch.full_like(loss, torch.inf))
 
 
-def test_a_scaler_skips_the_same_steps_on_all_stages() -> None:
-    for expected, actual, difference in run_on_ranks(2, scale):
-        assert expected == actual
-        assert expected[1] < expected[0]
-        assert difference < 1e-12
-
-
 def overflow_of_one() -> list[bool]:
     """Whether any gradient is not finite, by rank, where those of the last stage alone overflow."""
     torch.manual_seed(1)
@@ -133,6 +126,13 @@ def overflow_of_one() -> list[bool]:
     return everyone
 
 
-def test_an_overflow_of_one_stage_is_seen_on_all() -> None:
-    for found in run_on_ranks(2, overflow_of_one):
-        assert found == [True, True]
+def both_scalings() -> tuple[tuple[list[float], list[float], float], list[bool]]:
+    return scale(), overflow_of_one()
+
+
+def test_a_scaler_skips_the_same_steps_on_all_stages() -> None:
+    for (expected, actual, difference), overflows in run_on_ranks(2, both_scalings):
+        assert expected == actual
+        assert expected[1] < expected[0]
+        assert difference < 1e-12
+        assert overflows == [True, True]
