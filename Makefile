@@ -42,10 +42,11 @@ types: $(READY)  ## mypy
 docs: $(READY)  ## run every Python block and command of the documentation
 	$(BIN)/python .ci/run_code_blocks.py --jobs $(JOBS) README.md CONTRIBUTING.md $$(find docs -name '*.md' | sort)
 
-# In an environment of its own: mkdocs reads the sources as text and needs neither torch nor the library.
+# In an environment of its own: mkdocs reads the sources as text and needs neither torch nor the library. The variable
+# silences the theme's notice on its own future.
 SITE := out/docs-venv
 site: $(SITE)/.ready  ## build the documentation as a site in out/site; broken links are errors
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet  # the theme's notice on its own future
+	@NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 	@echo "out/site/index.html; with search: python3 -m http.server --directory out/site"
 
 $(SITE)/.ready: pyproject.toml
