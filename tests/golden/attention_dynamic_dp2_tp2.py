@@ -1,6 +1,6 @@
 """Attention on mesh dp=2,tp=2, training: the program of every rank. Written by autoshard.
 
-Passes: trace_model, normalize_graph, draw_whole, fold_constants, annotate_shardings, insert_collectives, localize_shapes, overlap_collectives, emit_programs.
+Passes: trace_model, normalize_graph, draw_whole, fold_constants, split_microbatches, annotate_shardings, insert_collectives, localize_shapes, cut_stages, overlap_collectives, emit_programs.
 Sizes that may change from call to call:
     batch: a multiple of 2, 2 or more; 4 in the example.
     seq: 2 or more; 8 in the example.
