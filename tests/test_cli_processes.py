@@ -62,3 +62,15 @@ def test_a_reader_who_has_gone_is_no_error(plan: Path) -> None:
         process.stdout.close()
         err = process.stderr.read()
     assert (process.wait(), err) == (READER_GONE, "")
+
+
+def test_a_plan_of_a_hugging_face_model_is_shown_in_another_process(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.zeros(4, 4, dtype=torch.long)
+    autoshard.plan(model, "dp=2", (), {"input_ids": ids, "labels": ids, "use_cache": False}).save(tmp_path / "plan.json")
+    process = start("show", "plan.json", folder=tmp_path)
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "LlamaForCausalLM on dp=2" in shown

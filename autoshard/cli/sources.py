@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from autoshard.cli.hugging_face import DEFAULT_BATCH, example_inputs, load_confi
 from autoshard.cli.options import given_options, plan_keywords
 from autoshard.cli.screen import Screen
 from autoshard.cli.user_model import Loaded, as_asked, load_function
-from autoshard.errors import InputError
+from autoshard.errors import InputError, PlanError
 from autoshard.plan import Plan
 from autoshard.torch_internals import pytree
 
@@ -105,4 +106,15 @@ def plan_of(asked: argparse.Namespace, screen: Screen) -> Plan:
 def saved_plan(path: str, screen: Screen) -> Plan:
     """A plan from a file. Raises PlanError."""
     with screen.working(f"read {path}"):
+        return _loaded(path)
+
+
+def _loaded(path: str) -> Plan:
+    """The plan of a file. Results of Hugging Face models are containers that torch knows once transformers is imported."""
+    try:
+        return Plan.load(path)
+    except PlanError as error:
+        if "container type that is not registered" not in str(error) or importlib.util.find_spec("transformers") is None:
+            raise
+        importlib.import_module("transformers.modeling_outputs")
         return Plan.load(path)
