@@ -56,6 +56,11 @@ def _over_stages(of_one_stage: Any) -> Any:
         piped = _pipeline_of(given)
         if piped is None:
             return of_one_stage(given, norm_type, error_if_nonfinite, foreach)
+        if not {id(gradient) for gradient in _gradients(piped).values()}.issubset(map(id, given)):
+            raise PlanError(
+                "clip the gradients of all parameters of a model with pipeline stages in one call, "
+                "clip_grad_norm_(model.parameters(), ...): a part of them may lie on some of the ranks alone"
+            )
         again = _repeated(piped)
         own = of_one_stage([tensor for tensor in given if id(tensor) not in again], norm_type, False, foreach)
         norm = _combined(own.full_tensor() if isinstance(own, DTensor) else own, float(norm_type), piped)

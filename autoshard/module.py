@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -28,6 +27,7 @@ from autoshard.errors import InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, group_of_all, mesh_of_stage
 from autoshard.module_state import State, slots_of
+from autoshard.other_stages import all_parameters, check_trained, drop_other_stages, follow_dtypes
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.pipelined_program import PipelinedProgram
 from autoshard.placements import I, Layout, R, shard
@@ -142,6 +142,8 @@ class ShardedModule(nn.Module):
         self._look_up()
         modes = tuple([module.training for module in state.members])
         trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
+        if state.trained:
+            check_trained(state)
         keys = tuple([leaf_key(leaf) for leaf in leaves])
         marks: Marks = ()
         if state.settings.dynamic is not None:
@@ -160,7 +162,8 @@ class ShardedModule(nn.Module):
     def _look_up(self) -> None:
         """Find out once where every parameter and buffer is held."""
         if not self._state.slots:
-            self._state.members, self._state.slots = tuple(self.modules()), slots_of(self)
+            absent = {name: (self._state.absent, name) for name in self._state.absent}
+            self._state.members, self._state.slots = tuple(self.modules()), {**slots_of(self), **absent}
 
     @torch.compiler.disable
     def _marks(self, args: tuple, kwargs: dict, leaves: list[Any]) -> Marks:
@@ -198,6 +201,12 @@ class ShardedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict; plain tensors are global values, each rank keeps its part. Nothing is half loaded."""
         own = self.state_dict()
+        foreign = [name for name, value in state_dict.items() if isinstance(value, DTensor) and value.device_mesh != self._state.mesh]
+        if foreign and self._state.stages is not None:
+            raise PlanError(
+                f"{foreign[0]} lies on another mesh than the pipeline stage that holds it; save with torch.distributed.checkpoint and load "
+                "that, or pass plain tensors"
+            )
         state_dict = {name: value for name, value in state_dict.items() if name not in self._state.absent}
         faults = [
             f"{k} is {tuple(v.shape)}, the model has {tuple(own[k].shape)}"
@@ -264,6 +273,8 @@ class ShardedModule(nn.Module):
             if mine.dtype != original.dtype:  # programs are traced with dtypes
                 original.data = original.data.to(mine.dtype)
                 self._state.ready.clear()
+        if self._state.stages is not None:
+            follow_dtypes(self._state, [*self.named_parameters(), *self.named_buffers()], originals)
         self._state.forget_constants()
         return result
 
@@ -310,37 +321,8 @@ class ShardedModule(nn.Module):
             torch.utils.swap_tensors(parameter, nn.Parameter(new, requires_grad=parameter.requires_grad))
         if plan.program.pipeline is not None:
             state.stages, state.stage_ranks = parameters_of(plan.program), plan.program.pipeline.stage_ranks
-            self._drop_other_stages(plan)
-
-    def _drop_other_stages(self, plan: Plan) -> None:
-        """Free the parameters and buffers that other ranks' stages hold; the model has no entries for them any more."""
-        state, pipeline = self._state, plan.program.pipeline
-        assert pipeline is not None
-        here = dist.get_rank(state.whole_mesh.get_group(PIPELINE_AXIS))
-        needed: dict[str, set[int]] = {}
-        for rank, stage in zip(pipeline.stage_ranks, plan.program.stages, strict=True):
-            for node in stage.nodes("parameter", "buffer"):
-                needed.setdefault(facts(node).name, set()).add(rank)
-        for name, (owner, leaf) in list(state.slots.items()):
-            ranks = needed.get(state.aliases.get(name, name))
-            if ranks is None or here in ranks:
-                continue
-            tensor: Any = owner[leaf]
-            if isinstance(tensor, nn.Parameter):
-                empty = DTensor.from_local(
-                    torch.empty(0, device=state.device), state.mesh, [Replicate()] * state.spec.ndim, run_check=False
-                )
-                torch.utils.swap_tensors(tensor, nn.Parameter(empty, requires_grad=tensor.requires_grad))
-            state.absent[name], owner[leaf] = tensor, None
-            state.slots[name] = state.absent, name
-
-    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those of other stages too, which are empty here; each once, by the first of its names."""
-        found: dict[int, tuple[str, nn.Parameter]] = {}
-        for name, _ in self._state.source.named_parameters(remove_duplicate=False):
-            owner, leaf = self._state.slots[name]
-            found.setdefault(id(owner[leaf]), (name, owner[leaf]))
-        return list(found.values())
+            drop_other_stages(state, plan)
+            state.trained = {name: owner[leaf].requires_grad for name, (owner, leaf) in state.slots.items()}
 
     @torch.compiler.disable
     def _prepare(self, args: tuple, kwargs: dict, leaves: list[Any], key: tuple, marks: Marks) -> LoadedProgram | PipelinedProgram:
@@ -356,7 +338,7 @@ class ShardedModule(nn.Module):
                     "plan before that: pass example_inputs to autoshard.compile"
                 )
             originals = dict(state.source.named_parameters())
-            for name, parameter in self._all_parameters():
+            for name, parameter in all_parameters(state):
                 originals[name].requires_grad_(parameter.requires_grad)
             for mine, theirs in zip(self.modules(), state.source.modules(), strict=True):
                 theirs.training = mine.training
@@ -386,6 +368,8 @@ class ShardedModule(nn.Module):
         state = self._state
         if plan.program.pipeline is None:
             return LoadedProgram(plan, load_program(plan, self._axes(), self._tensor, state.device, state.next_seed), self._held)
+        if plan.program.is_training and state.microbatches is None:
+            state.microbatches = plan.program.pipeline.microbatches
         group = state.whole_mesh.get_group(PIPELINE_AXIS)
         everyone = group_of_all(state.whole_mesh)
         found = PipelinedProgram(plan, self._axes(), self._held, state.device, state.next_seed, group, everyone, state.compiled)
@@ -399,9 +383,8 @@ class ShardedModule(nn.Module):
 
     def _plan(self, args: tuple, kwargs: dict, leaves: list[Any], marks: Marks) -> Plan:
         state, settings = self._state, self._state.settings
-        if state.stages is not None and settings.pipeline.microbatches is None and state.plan is not None:
-            count = state.plan.program.pipeline.microbatches if state.plan.program.pipeline is not None else None
-            settings = replace(settings, pipeline=replace(settings.pipeline, microbatches=count))
+        if settings.pipeline.microbatches is None and state.microbatches is not None:
+            settings = replace(settings, pipeline=replace(settings.pipeline, microbatches=state.microbatches))
         layouts = [self._entry(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         examples = [self._global_example(leaf) for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(examples, pytree.tree_structure((args, kwargs)))
@@ -461,7 +444,9 @@ class ShardedModule(nn.Module):
                 f"{without_memory[0]} and {len(without_memory) - 1} more are on the meta device; call materialize before the first step"
             )
         for leaf in leaves:
-            if isinstance(leaf, DTensor) and leaf.device_mesh != self._state.mesh:
+            if isinstance(leaf, DTensor) and self._state.whole_mesh is not self._state.mesh:
+                failure = InputError("a DTensor argument cannot go into pipeline stages; pass plain tensors, the whole batch on every rank")
+            elif isinstance(leaf, DTensor) and leaf.device_mesh != self._state.mesh:
                 failure = InputError(f"a DTensor argument lies on {leaf.device_mesh}, the model on {self._state.mesh}")
             if isinstance(leaf, torch.Tensor) and leaf.device.type != self._state.device.type:
                 failure = InputError(f"an argument is on {leaf.device}, the model on {self._state.device}; move it there first")

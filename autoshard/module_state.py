@@ -40,6 +40,8 @@ class State:
     layouts: dict[str, Layout] | None = None
     stages: dict[str, tuple[int, ...]] | None = None  # by parameter, where there are pipeline stages
     stage_ranks: tuple[int, ...] = ()
+    microbatches: int | None = None  # of the first plan for training
+    trained: dict[str, bool] = field(default_factory=dict)  # which parameters were, when the stages were cut
     absent: dict[str, Any] = field(default_factory=dict)  # emptied parameters and buffers of other stages
     aliases: dict[str, str] = field(default_factory=dict)
     members: tuple[nn.Module, ...] = ()
@@ -56,7 +58,8 @@ class State:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """A copied model keeps its layouts and runs on its own tensors."""
-        return replace(self, source=copy.deepcopy(self.source, memo), ready={}, marks={}, adopted=[], members=(), slots={})
+        source, absent = copy.deepcopy(self.source, memo), copy.deepcopy(self.absent, memo)
+        return replace(self, source=source, absent=absent, ready={}, marks={}, adopted=[], members=(), slots={})
 
     @torch.compiler.disable
     def advance(self) -> None:

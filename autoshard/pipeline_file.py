@@ -40,7 +40,7 @@ def pipeline_body(pipeline: Pipeline) -> dict[str, Any]:
 
 def read_pipeline(body: Mapping[str, Any], program: Program) -> Pipeline:
     """Inverse of pipeline_body, for the program of one microbatch that the file has. Raises PlanError for what does not fit it."""
-    from autoshard.passes.split_microbatches import refuse
+    from autoshard.pipeline_limits import refuse
 
     refuse(program)
     mesh = MeshSpec(tuple(body["mesh"]["axes"]), tuple(body["mesh"]["shape"]))

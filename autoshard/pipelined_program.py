@@ -130,6 +130,9 @@ class PipelinedProgram:
     def _hold(self) -> dict[str, Tensor]:
         """Make the leaves of this step; returns the parameters that they stand for."""
         trained = {name: self.slots(name) for name in self.held if self.slots(name).requires_grad}
+        hooked = [name for name, held in trained.items() if held._backward_hooks or getattr(held, "_post_accumulate_grad_hooks", None)]
+        if hooked:
+            raise PlanError(f"{hooked[0]} has a gradient hook, which pipeline stages would not call; use its .grad after backward instead")
         self.leaves = {name: local_of(held).detach().requires_grad_() for name, held in trained.items()}
         return trained
 
@@ -153,8 +156,11 @@ class PipelinedProgram:
 
     def _prepare(self) -> None:
         whole = {name: self.inputs[argument] for name, (argument, dim) in self.pipeline.inputs.items() if dim is None}
-        for stage in self.stages:
-            stage.prepare(whole, self.seed)
+        try:
+            for stage in self.stages:
+                stage.prepare(whole, self.seed)
+        except Exception as error:  # the other ranks learn of it at the end of the step
+            self.engine.fail(error)
 
     def _reduce(self) -> None:
         for stage in self.stages:
@@ -245,7 +251,8 @@ class _Gradients:
         flag = overflows.to(torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         if bool(flag) and not bool(overflows):
-            next(gradient for gradient in gradients if gradient.numel()).view(-1)[:1].fill_(float("nan"))
+            for gradient in [gradient for gradient in gradients if gradient.numel()][:1]:
+                gradient.view(-1)[:1].fill_(float("nan"))
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:

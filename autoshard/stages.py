@@ -14,7 +14,9 @@ from dataclasses import replace
 
 from torch import fx
 
+from autoshard.errors import PlanError
 from autoshard.program import Facts, Program, draws_random, facts, producer, set_facts, writes_statistics
+from autoshard.regions import statistics
 
 
 def kinds_of(program: Program) -> dict[fx.Node, str]:
@@ -75,6 +77,7 @@ def stage_programs(program: Program) -> tuple[Program, ...]:
     count = len(program.pipeline.stage_ranks)
     stage_of[program.output] = count - 1
     _place_updates(program, kinds, stage_of)
+    _refuse_shared_statistics(stage_of)
     sent = [sent_over(program, stage_of, stage) for stage in range(count)]
     return tuple(_stage(program, kinds, stage_of, stage, sent) for stage in range(count))
 
@@ -93,7 +96,20 @@ def _place_updates(program: Program, kinds: dict[fx.Node, str], stage_of: dict[f
     modules = {facts(node).source.module: stage for node, stage in reversed(stage_of.items())}
     for node in program.nodes("update"):
         if kinds[node] != "place":
-            facts(node).stage = modules.get(facts(node).source.module, 0)
+            path = facts(node.args[0]).name.rpartition(".")[0]  # type: ignore[arg-type]
+            facts(node).stage = modules.get(path, 0)
+
+
+def _refuse_shared_statistics(stage_of: dict[fx.Node, int]) -> None:
+    """Raise PlanError where ops of two stages write one buffer: each would keep its own."""
+    writers: dict[fx.Node, int] = {}
+    for node, stage in stage_of.items():
+        for buffer in statistics(node) if facts(node).role == "op" and writes_statistics(node) else ():
+            if writers.setdefault(buffer, stage) != stage:
+                raise PlanError(
+                    f"{facts(buffer).name} is written by ops of stages {writers[buffer]} and {stage}; keep them in one with "
+                    f"Pipelining(together=...), or leave out axis 'pp'"
+                )
 
 
 def _needed(kinds: dict[fx.Node, str], roots: Iterable[fx.Node]) -> set[fx.Node]:

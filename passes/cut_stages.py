@@ -104,10 +104,10 @@ class CutStages:
         name, per_rank = self.asked.schedule, self.asked.stages_per_rank
         if name is not None and name not in (*NAMES, LISTED):
             raise PlanError(f"there is no schedule {name!r}; there are {', '.join((*NAMES, LISTED))}")
-        if pipeline.loss is None:
-            yield "gpipe", per_rank or 1  # forward alone: the order of backward is not asked for
-        elif name is not None:
+        if name is not None:
             yield name, per_rank or (1 if name in ("gpipe", "1f1b", LISTED) else 2)
+        elif pipeline.loss is None:
+            yield "gpipe", per_rank or 1  # forward alone: the order of backward is not asked for
         elif per_rank is None:
             yield from _TRIED
         else:

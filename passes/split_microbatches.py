@@ -18,8 +18,6 @@ rows as a gather, as a microbatch counts its own.
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,12 +27,13 @@ from torch import fx
 
 from autoshard.candidates import base, bound_rule, find_segmentations
 from autoshard.equations import Strategy, divides, strategies
-from autoshard.errors import InputError, PlanError
+from autoshard.errors import PlanError
 from autoshard.masked_means import MASKED_LOSSES, spell_masked_means
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec
-from autoshard.ops.row import Rule, TensorInfo
+from autoshard.ops.row import Rule, TensorInfo, is_differentiable
 from autoshard.passes.localize_shapes import localize_sizes
 from autoshard.pipeline import Joined, Pipeline
+from autoshard.pipeline_limits import batch_dims, loss_of, most_that_divide, refuse
 from autoshard.placements import I, P, Placement, R, S, local_shape
 from autoshard.program import Facts, Program, facts, op_name, producer, replace_operands, set_facts, tensor_operands, writes_statistics
 from autoshard.row_numbers import spell_row_numbers
@@ -66,62 +65,11 @@ class SplitMicrobatches:
         results = splitter.run()
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
         inputs = {name: (name.removesuffix(_OF_ALL), cut.get(name)) for name in names}
-        program.pipeline = Pipeline(self.mesh, count, inputs, splitter.rows, results, _loss(program))
+        program.pipeline = Pipeline(self.mesh, count, inputs, splitter.rows, results, loss_of(program))
         return program
 
 
 _OF_ALL = " of all microbatches"
-
-
-def refuse(program: Program) -> None:
-    """Raise PlanError for what stages cannot have yet."""
-    if program.symbols:
-        raise PlanError("sizes that change from call to call cannot be planned with pipeline stages; leave out dynamic=")
-    if any(facts(node).branch or op_name(node) == "either" for node in program.nodes()):
-        raise PlanError("torch.cond cannot be planned with pipeline stages: microbatches could take other branches; leave out axis 'pp'")
-    if any(facts(node).is_drawn_whole for node in program.nodes("op")):
-        raise PlanError("randomness='single_device' needs the whole batch at once; leave out axis 'pp' to compare number by number")
-
-
-def batch_dims(program: Program, asked: Mapping[str, int | None], microbatches: int) -> dict[str, int]:
-    """By argument the dim that microbatches cut. Raises InputError where it does not divide."""
-    inputs = {facts(node).name: facts(node).value for node in program.nodes("input")}
-    unknown = [name for name in asked if name not in inputs]
-    if unknown:
-        raise InputError(f"batch names {unknown[0]!r}, which is no tensor argument; there are {', '.join(inputs)}")
-    lengths = [value.shape[0] for name, value in inputs.items() if value.shape and name not in asked]
-    common = Counter(lengths).most_common(1)[0][0] if lengths else 0
-    dims = {name: 0 for name, value in inputs.items() if name not in asked and value.shape and value.shape[0] == common}
-    dims |= {name: dim for name, dim in asked.items() if dim is not None}
-    for name, dim in dims.items():
-        if not 0 <= dim < len(inputs[name].shape):
-            raise InputError(f"batch says dim {dim} of {name}, which is {tuple(inputs[name].shape)}: count its dims from 0")
-        size = inputs[name].shape[dim]
-        if size % microbatches:
-            near = max(microbatches, size // microbatches * microbatches)
-            raise InputError(
-                f"{name} has length {size} along its batch dim {dim}, which does not divide in {microbatches} microbatches; "
-                f"use a batch of {near} or {near + microbatches}, or another number of microbatches"
-            )
-    return dims
-
-
-def most_that_divide(program: Program, asked: Mapping[str, int | None], microbatches: int) -> int:
-    """The most microbatches, up to `microbatches`, that the batch divides in: without a backward any number will do."""
-    for count in range(microbatches, 1, -1):
-        with contextlib.suppress(InputError):
-            batch_dims(program, asked, count)
-            return count
-    return 1
-
-
-def _loss(program: Program) -> int | None:
-    """The number of the result that backward starts from: the first that is one number with a gradient."""
-    results = list(program.output.args[0])  # type: ignore[arg-type]
-    found = [
-        k for k, node in enumerate(results) if isinstance(node, fx.Node) and facts(node).value.needs_grad and not facts(node).value.shape
-    ]
-    return found[0] if found else None
 
 
 class _Splitter:
@@ -245,7 +193,7 @@ class _Splitter:
                 continue
             source, index = producer(operand)
             value = facts(source).values[index]
-            is_share = placement == R and want == P and value.dtype.is_floating_point
+            is_share = placement == R and want == P and is_differentiable(value.dtype)
             if is_share:
                 total += _SPREAD
             elif placement == R and want.is_split and (self._can_cut(operand, want) or not want.segments):
@@ -281,7 +229,7 @@ class _Splitter:
         if (operand, suffix) not in self.made:
             source, index = producer(operand)
             value = facts(source).values[index]
-            new = self._insert(operand, torch.ops.aten.mul.Tensor, (operand, by if value.dtype.is_floating_point else int(by)), {}, suffix)
+            new = self._insert(operand, torch.ops.aten.mul.Tensor, (operand, by if is_differentiable(value.dtype) else int(by)), {}, suffix)
             set_facts(new, replace(facts(source), role="op", values=(value,), is_constant=False, op=None, random_axes=None))
             self.made[operand, suffix] = new
             self.strategy[new] = Strategy((placement,), (placement,))
@@ -400,14 +348,14 @@ class _Splitter:
     # -------------------------------------------------------------------------------------------- what leaves the graph
 
     def _update(self, node: fx.Node) -> None:
-        if any(self._lies(operand) != R for operand in node.all_input_nodes):
+        if any(self._lies(operand) != R or operand in self.estimates for operand in node.all_input_nodes):
             raise PlanError(
                 f"{facts(node).source} writes a buffer with what the whole batch makes, which no microbatch knows; leave out axis 'pp'"
             )
 
     def _results(self) -> tuple[Joined, ...]:
         found: list[Joined] = []
-        loss = _loss(self.program)
+        loss = loss_of(self.program)
         results = list(self.program.output.args[0])  # type: ignore[arg-type]
         if loss is not None and self._lies(results[loss]) == R and self.count > 1:  # backward starts from terms of it
             results[loss] = self._scaled(results[loss], 1.0 / self.count, "share", P)
@@ -416,6 +364,8 @@ class _Splitter:
             placement = self._lies(node) if isinstance(node, fx.Node) else R
             if placement.segments:
                 raise PlanError(f"the result {node.name} interleaves rows of microbatches; return it with its batch dim in front")
+            if node in self.estimates and not is_differentiable(facts(producer(node)[0]).values[producer(node)[1]].dtype):
+                raise PlanError(f"the result {node.name} is a whole number or a bool of the whole batch, which microbatches only estimate")
             whole: Joined = "mean" if node in self.estimates else "same"
             found.append("sum" if placement == P else placement.dim if placement.is_split else whole)
         return tuple(found)

@@ -48,7 +48,7 @@ def _joined(how: Any, values: Sequence[Any]) -> Any:
     if how == "same" or not isinstance(values[0], torch.Tensor):
         return values[0]
     if how == "sum":
-        return torch.stack(list(values)).sum(0)
+        return torch.stack(list(values)).sum(0, dtype=values[0].dtype)
     if how == "mean":
         return torch.stack(list(values)).mean(0)
     return torch.cat(list(values), how)

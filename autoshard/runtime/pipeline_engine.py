@@ -57,6 +57,7 @@ class PipelineEngine:
         check_library()
         self._group, self._stage_ranks, self._microbatches = group, tuple(stage_ranks), microbatches
         self._everyone = everyone or group
+        self._failed: Exception | None = None
         self._device = torch.empty(0, device=device).device  # with its index
         _raise_disagreements(stages, self._stage_ranks, microbatches, group)
         self._step = Step()
@@ -84,6 +85,10 @@ class PipelineEngine:
         self._step.trains = False
         return self._run(self._forwards, torch.no_grad())
 
+    def fail(self, error: Exception) -> None:
+        """Let the next step end on all ranks with what this rank raised before it; it computes nothing in that step."""
+        self._failed = error
+
     def measure(self, schedule: Schedule, loss: int) -> list[tuple]:
         """One step as `train` runs it, and what every rank ran when: rank, stage, kind, microbatch, start, end in s from a common start.
 
@@ -107,6 +112,10 @@ class PipelineEngine:
             raise StageError(f"this pipeline stopped for good in an earlier step: {self._lost}. Start its processes again.")
         step, self._lost = self._step, "it was interrupted"
         step.failure, step.cause = None, None
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            step.failure = Failure(time.time(), f"before the first microbatch, on rank {dist.get_rank()}: {type(error).__name__}: {error}")
+            step.cause = error
         try:
             with mode:
                 runtime.run()
