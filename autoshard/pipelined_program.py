@@ -151,6 +151,9 @@ class PipelinedProgram:
         gradients = [(trained[name], leaf.grad) for name, leaf in self.leaves.items() if leaf.grad is not None]
         values = self._everywhere(results, [self.pipeline.loss])
         loss = values[self.pipeline.loss]
+        for k, node in enumerate(self.plan.program.output.args[0]):  # type: ignore[arg-type]
+            if isinstance(node, fx.Node) and k != self.pipeline.loss and facts(producer(node)[0]).needs_grad:
+                values[k] = _Apart.apply(values[k].detach().requires_grad_()) if values[k].is_floating_point() else values[k]
         values[self.pipeline.loss] = _Loss.apply(loss.detach().requires_grad_(), _Gradients(gradients, self.group))
         return self._returned(values)
 
@@ -266,6 +269,21 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
         )
     else:
         parameter.grad = gradient
+
+
+class _Apart(torch.autograd.Function):
+    """A result beside the loss, whose gradient nobody can have any more."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise PlanError(
+            "a model with pipeline stages is differentiated from its loss alone; add up what is to be differentiated in its forward, or "
+            "detach the other results"
+        )
 
 
 class _Loss(torch.autograd.Function):
