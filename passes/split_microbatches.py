@@ -40,6 +40,7 @@ from autoshard.row_numbers import spell_row_numbers
 from autoshard.runtime.loss import AVERAGED
 
 _DIVIDED = frozenset({"mean", "kl_div", *AVERAGED})  # lowerings that only divide by the number of pieces
+_WITH_NUMBER = frozenset(f"aten.{name}" for name in ("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Scalar"))  # x + 1
 _SPREAD, _PICK, _WHOLE, _ESTIMATE = 1, 10, 100, 1000  # how dear it is to give an op the operand it wants
 Value = tuple[fx.Node, int]
 
@@ -133,6 +134,10 @@ class _Splitter:
         if all(placement == R for placement in have):
             self._settle(node, Strategy((R,) * len(have), (R,) * outputs), operands)
             return
+        if have == [P] and op_name(node) in _WITH_NUMBER and isinstance(node.args[1], (int, float)) and self._is_real(operands[0]):
+            node.args = (node.args[0], node.args[1] / self.count, *node.args[2:])  # each microbatch adds its share
+            self._settle(node, Strategy((P,), (P,)), operands)
+            return
         found = min(
             ((self._dearness(operands, have, option), k, option) for k, option in enumerate(self._options(node))),
             default=(None, 0, None),
@@ -147,6 +152,11 @@ class _Splitter:
         strategy = found[2]
         new = [self._fetch(operand, want, node) for operand, want in zip(operands, strategy.inputs, strict=True)]
         self._settle(node, strategy, new)
+
+    @staticmethod
+    def _is_real(operand: fx.Node) -> bool:
+        source, index = producer(operand)
+        return facts(source).values[index].dtype.is_floating_point
 
     def _options(self, node: fx.Node) -> list[Strategy]:
         """Ways to run an op on one microbatch: those whose local code is the op itself, or divides by the number of pieces."""
@@ -175,7 +185,7 @@ class _Splitter:
         if any(operand in self.estimates for operand in operands):
             self.estimates.add(node)
         rule, _ = bound_rule(node)
-        if self._is_batch_norm(node) and bool(node.args[5]):
+        if self._is_batch_norm(node) and bool(node.args[5]) and self.count > 1:
             self.program.note(f"{node.name} ({facts(node).source}) takes statistics of each microbatch by itself, not of the whole batch")
         elif rule is not None and _is_lowered(rule, strategy) and rule.lowering.function in _DIVIDED:  # type: ignore[union-attr]
             users = list(node.users)
@@ -388,7 +398,7 @@ class _Splitter:
             placements = [self.at[node, k] for k in range(len(known.values))]
             known.values = tuple(self._local(value, placement) for value, placement in zip(known.values, placements, strict=True))
             known.strategies, known.layouts = (), () if known.role != "input" else known.layouts
-            if writes_statistics(node):
+            if writes_statistics(node) and self.count > 1:
                 self.program.note("running statistics are updated once per microbatch")
         program.mesh = mesh
 
