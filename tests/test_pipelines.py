@@ -189,7 +189,7 @@ def test_batch_norm_takes_statistics_of_each_microbatch(mesh: str, count: int, t
     plan = check_microbatches(WithBatchNorm, batch, mesh, count, template)
     said = "\n".join(plan.program.notes)
     assert ("takes statistics of each microbatch by itself" in said) == (count > 1)
-    assert "running statistics are updated once per microbatch" in said
+    assert ("running statistics are updated once per microbatch" in said) == (count > 1)
 
 
 @pytest.mark.parametrize(("mesh", "count", "template"), [("pp=2", 4, "auto"), ("pp=4", 2, "auto"), ("pp=2,tp=2", 2, "megatron")])
