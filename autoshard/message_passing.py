@@ -121,7 +121,8 @@ class _Sweeps:
         return choices
 
     def _kept(self, gap: float) -> tuple[np.ndarray, ...]:
-        slack = gap * (1.0 + 1e-9) + 1e-12 * max(abs(float(b.min())) for b in self.beliefs)
+        handed = (handed for table in self.tables for handed in table.handed)
+        slack = gap * (1.0 + 1e-9) + 1e-12 * max(map(_largest, (*self.beliefs, *handed)))  # what was handed on was rounded
         kept = []
         for v, belief in enumerate(self.beliefs):
             above = belief - belief.min()
@@ -130,6 +131,10 @@ class _Sweeps:
                 above = above + (least - least.min())
             kept.append(np.flatnonzero(above <= slack))
         return tuple(kept)
+
+
+def _largest(numbers: np.ndarray) -> float:
+    return float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0))
 
 
 def _rest(table: _Table) -> np.ndarray:
