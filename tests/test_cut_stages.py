@@ -134,7 +134,12 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh", "schedule"), WAYS)
+QUICK = WAYS[:1] + WAYS[3:5] + WAYS[8:9]
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "schedule"), [way if way in QUICK else pytest.param(*way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_stages_are_no_slower_than_even_ones(name: str, mesh: str, schedule: str) -> None:
     plan = plan_of(name, mesh, schedule=schedule)
     stats = plan.stats

@@ -31,9 +31,9 @@ def losses(output: str) -> list[tuple[float, float]]:
     ("example", "mesh", "how"),
     [
         ("gpt", "pp=2", autoshard.Pipelining(microbatches=4, schedule="1f1b")),
-        ("hf_llama", "pp=2", autoshard.Pipelining(microbatches=2, schedule="zbv")),
-        ("gpt", "pp=2,tp=2", autoshard.Pipelining(microbatches=2, schedule="interleaved_1f1b")),
-        ("encoder", "dp=2,pp=2", autoshard.Pipelining(microbatches=2, schedule="gpipe")),
+        pytest.param("hf_llama", "pp=2", autoshard.Pipelining(microbatches=2, schedule="zbv"), marks=pytest.mark.slow),
+        pytest.param("gpt", "pp=2,tp=2", autoshard.Pipelining(microbatches=2, schedule="interleaved_1f1b"), marks=pytest.mark.slow),
+        pytest.param("encoder", "dp=2,pp=2", autoshard.Pipelining(microbatches=2, schedule="gpipe"), marks=pytest.mark.slow),
     ],
 )
 def test_equal_to_the_plan_without_stages(example: str, mesh: str, how: autoshard.Pipelining, tmp_path: Path) -> None:
