@@ -66,7 +66,12 @@ def clip(shape: tuple[int, ...], names: tuple[str, ...], template: str) -> list[
     return found
 
 
-@pytest.mark.parametrize(("shape", "names", "template"), [((2,), ("pp",), "auto"), ((2, 2), ("pp", "dp"), "fsdp"), ((4,), ("pp",), "auto")])
+ELSEWHERE = [((2, 2), ("pp", "dp"), "fsdp"), ((4,), ("pp",), "auto")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "template"), [((2,), ("pp",), "auto"), *(pytest.param(*way, marks=pytest.mark.slow) for way in ELSEWHERE)]
+)
 def test_clipping_is_by_the_norm_of_all_stages(shape: tuple[int, ...], names: tuple[str, ...], template: str) -> None:
     for found in run_on_ranks(torch.Size(shape).numel(), clip, shape, names, template):
         for expected, actual, difference in found:

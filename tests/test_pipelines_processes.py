@@ -117,10 +117,12 @@ def test_two_stages_train_as_one_process() -> None:
     check(jobs, (2,), ("pp",))
 
 
+@pytest.mark.slow
 def test_every_schedule_trains_as_one_process() -> None:
     check([Job("two_terms", schedule, 4) for schedule in (*NAMES, "list")], (2,), ("pp",))
 
 
+@pytest.mark.slow
 def test_four_stages_train_as_one_process() -> None:
     check([Job("gpt", "1f1b", 4), Job("ValuesManyRead", "zbv", 2), Job("SeveralInputsAndOutputs", "gpipe", 4)], (4,), ("pp",))
 
