@@ -107,6 +107,9 @@ class PipelinedProgram:
         self.inputs = {name: leaf for name, leaf in named if name is not None}
         try:
             trains = torch.is_grad_enabled() and self.plan.program.is_training
+            needing = [name for name, leaf in self.inputs.items() if trains and leaf.requires_grad]
+            if needing:
+                raise PlanError(f"the argument {needing[0]} needs a gradient, which pipeline stages do not give; pass it detached")
             if trains and self.pipeline.loss is None:
                 raise PlanError(_NO_LOSS)
             return self._train() if torch.is_grad_enabled() and self.pipeline.loss is not None else self._evaluate()
