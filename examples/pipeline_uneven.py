@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from gpt import GPT, GPTConfig
+from side_by_side import finish, train
 from torch.distributed.device_mesh import init_device_mesh
 
 import autoshard
@@ -34,22 +35,18 @@ def main() -> None:
 
     torch.manual_seed(0)
     ids = torch.randint(CONFIG.vocab, (8, CONFIG.block))
-    losses = {"one process": train(make(), ids, args.steps)}
+    losses = {"one process": trained(make(), ids, args.steps)}
     for title, starts in STARTS.items():
         asked = autoshard.Pipelining(args.microbatches, "1f1b", starts=starts)
         model = autoshard.compile(make(), mesh, example_inputs=(ids, ids), pipeline=asked)
-        losses[title] = train(model, ids, args.steps)
+        losses[title] = trained(model, ids, args.steps)
         measured = model.measure(ids, ids)
         if dist.get_rank() == 0:
             report(title, model.plan, measured, args.out / f"{title.replace(' ', '_')}.json")
     if dist.get_rank() == 0:
         for title, found in losses.items():
             print(f"{title:20} losses {'  '.join(f'{loss:.6f}' for loss in found)}")
-    dist.barrier()
-    dist.destroy_process_group()
-    difference = max(abs(a - b) for found in losses.values() for a, b in zip(found, losses["one process"], strict=True))
-    if not difference < 1e-4:
-        raise SystemExit(f"the losses differ by {difference:.1e}: this is a defect, please report it")
+    finish(losses.values(), losses["one process"], 1e-4)
 
 
 def make() -> GPT:
@@ -57,16 +54,8 @@ def make() -> GPT:
     return GPT(CONFIG)
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> list[float]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    losses = []
-    for _ in range(steps):
-        loss = model(ids, ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def trained(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> list[float]:
+    return train(model, torch.optim.SGD(model.parameters(), 0.1), [(ids, ids)] * steps)
 
 
 def report(title: str, plan: autoshard.Plan, measured: list, trace: Path) -> None:
@@ -81,8 +70,7 @@ def report(title: str, plan: autoshard.Plan, measured: list, trace: Path) -> Non
 
 def first_module(plan: autoshard.Plan) -> str:
     """The module whose lines come first in the program of stage 1."""
-    text = plan.source().partition("Stage 1 of 2")[2]
-    return next(line.strip(" #-") for line in text.splitlines() if line.strip().startswith("# ----"))
+    return next(line.strip(" #-") for line in plan.source(rank=1).splitlines() if line.strip().startswith("# ----"))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import copy
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from side_by_side import finish, show, train
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autoshard
@@ -29,18 +30,6 @@ CONFIG = LlamaConfig(
 )
 
 
-def train(model: nn.Module, ids: torch.Tensor, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, foreach=True)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny Llama on two processes.")
     parser.add_argument("--steps", type=int, default=5)
@@ -51,21 +40,17 @@ def main() -> None:
     torch.manual_seed(0)
     reference = LlamaForCausalLM(CONFIG)
     ids = torch.randint(CONFIG.vocab_size, (4, 32))
-    model = autoshard.compile(copy.deepcopy(reference), mesh, template="megatron", example_kwargs={"input_ids": ids, "labels": ids})
+    batch = {"input_ids": ids, "labels": ids}
+    model = autoshard.compile(copy.deepcopy(reference), mesh, template="megatron", example_kwargs=batch)
 
-    sharded, single = train(model, ids, steps), train(reference, ids, steps)
+    sharded, single = (train(m, AdamW(m.parameters(), 1e-3, foreach=True), [batch] * steps) for m in (model, reference))
     with count_communication(mesh) as sent:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
     if dist.get_rank() == 0:
-        for step, (a, b) in enumerate(zip(sharded, single, strict=True), start=1):
-            print(f"step {step:2}  loss {a:.6f}  one process {b:.6f}")
+        show(sharded, single)
         print("sent in a step:", {kind: f"{sent.calls[kind]} calls, {nbytes:,.0f} bytes" for kind, nbytes in sent.sent_bytes.items()})
         print("as planned:    ", {kind: f"{nbytes:,.0f} bytes" for kind, nbytes in model.plan.stats["wire_bytes_per_step"].items()})
-    dist.barrier()
-    dist.destroy_process_group()
-    difference = max(abs(a - b) for a, b in zip(sharded, single, strict=True))
-    if not difference < 1e-4:
-        raise SystemExit(f"the losses differ by {difference:.1e}: this is a defect, please report it")
+    finish([sharded], single, 1e-4)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import copy
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from side_by_side import finish, show, train
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import AdamW
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import autoshard
@@ -33,18 +34,6 @@ CONFIG = MixtralConfig(
 CONSTRAINTS = {"parameter:*experts*": "S(0)@ep", "input:*": "S(0)@ep", "split:*.experts.*": "t&e"}
 
 
-def train(model: nn.Module, ids: torch.Tensor, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, foreach=True)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a tiny Mixtral whose experts are split.")
     parser.add_argument("--steps", type=int, default=5)
@@ -58,21 +47,16 @@ def main() -> None:
     given = {"input_ids": ids, "labels": ids}
     model = autoshard.compile(copy.deepcopy(reference), mesh, example_kwargs=given, constraints=CONSTRAINTS)
 
-    sharded, single = train(model, ids, steps), train(reference, ids, steps)
+    sharded, single = (train(m, AdamW(m.parameters(), 3e-3, foreach=True), [given] * steps) for m in (model, reference))
     with count_communication(mesh) as sent:
         model(**given).loss.backward()
     if dist.get_rank() == 0:
-        for step, (a, b) in enumerate(zip(sharded, single, strict=True), start=1):
-            print(f"step {step:2}  loss {a:.6f}  one process {b:.6f}")
+        show(sharded, single)
         for name, parameter in model.named_parameters():
             if "layers.0" in name and "experts" in name:
                 print(f"{name:40} {tuple(parameter.shape)!s:16} {parameter.placements}")
         print("sent in a step:", {kind: f"{sent.calls[kind]} calls, {nbytes:,.0f} bytes" for kind, nbytes in sent.sent_bytes.items()})
-    dist.barrier()
-    dist.destroy_process_group()
-    difference = max(abs(a - b) for a, b in zip(sharded, single, strict=True))
-    if not difference < 1e-3:
-        raise SystemExit(f"the losses differ by {difference:.1e}: this is a defect, please report it")
+    finish([sharded], single, 1e-3)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from side_by_side import finish, show, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Adam
 
 import autoshard
 from autoshard.debug import count_communication
@@ -52,18 +54,6 @@ def draw_images(count: int, size: int) -> tuple[Tensor, Tensor]:
     return clean + 0.3 * torch.randn_like(clean), clean
 
 
-def train(model: nn.Module, images: tuple[Tensor, Tensor], steps: int) -> list[float]:
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3, foreach=True)
-    losses = []
-    for _ in range(steps):
-        loss = model(*images)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a U-Net on images that are split by height.")
     parser.add_argument("--steps", type=int, default=10)
@@ -77,19 +67,14 @@ def main() -> None:
     images = draw_images(1, args.size)
     model = autoshard.compile(copy.deepcopy(reference), mesh, example_inputs=images, constraints=CONSTRAINTS)
 
-    sharded, single = train(model, images, args.steps), train(reference, images, args.steps)
+    sharded, single = (train(m, Adam(m.parameters(), 3e-3, foreach=True), [images] * args.steps) for m in (model, reference))
     with count_communication(mesh) as sent:
         model(*images).backward()
     if dist.get_rank() == 0:
-        for step, (a, b) in enumerate(zip(sharded, single, strict=True), start=1):
-            print(f"step {step:2}  loss {a:.6f}  one process {b:.6f}")
+        show(sharded, single)
         print(next(line.strip() for line in model.plan.source().splitlines() if "conv" in line and "axes=" in line))
         print("sent in a step:", {kind: f"{sent.calls[kind]} calls, {nbytes:,.0f} bytes" for kind, nbytes in sent.sent_bytes.items()})
-    dist.barrier()
-    dist.destroy_process_group()
-    difference = max(abs(a - b) for a, b in zip(sharded, single, strict=True))
-    if not difference < 1e-3:
-        raise SystemExit(f"the losses differ by {difference:.1e}: this is a defect, please report it")
+    finish([sharded], single, 1e-3)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from side_by_side import finish, show, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import AdamW
 
 import autoshard
 
@@ -56,18 +58,6 @@ def draw_batch(size: int) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, foreach=True)
-    losses = []
-    for images, labels in batches:
-        loss = model(images, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small ViT on two processes.")
     parser.add_argument("--steps", type=int, default=20)
@@ -83,18 +73,14 @@ def main() -> None:
     own = [(images.chunk(world)[rank], labels.chunk(world)[rank]) for images, labels in batches]
     model = autoshard.compile(copy.deepcopy(reference), mesh, template="fsdp", inputs="local", example_inputs=own[0])
 
-    sharded, single = train(model, own), train(reference, batches)
+    both = (model, own), (reference, batches)
+    sharded, single = (train(m, AdamW(m.parameters(), 1e-3, foreach=True), given) for m, given in both)
     if rank == 0:
-        for step in range(0, args.steps, max(1, args.steps // 5)):
-            print(f"step {step + 1:3}  loss {sharded[step]:.6f}  one process {single[step]:.6f}")
+        show(sharded, single, every=max(1, args.steps // 5))
         held = sum(parameter.to_local().numel() for parameter in model.parameters())
         whole = sum(parameter.numel() for parameter in reference.parameters())
         print(f"each process holds {held:,} of {whole:,} parameters, and as much of gradients and optimizer state")
-    dist.barrier()
-    dist.destroy_process_group()
-    difference = max(abs(a - b) for a, b in zip(sharded, single, strict=True))
-    if not difference < 1e-3:
-        raise SystemExit(f"the losses differ by {difference:.1e}: this is a defect, please report it")
+    finish([sharded], single, 1e-3)
 
 
 if __name__ == "__main__":
