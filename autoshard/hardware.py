@@ -234,8 +234,10 @@ def hardware_of(given: str | Hardware | None, device_type: str = "cpu") -> Hardw
         from autoshard.profile_file import newest_profile
 
         return newest_profile().hardware()
+    if given is not None and not isinstance(given, str):
+        raise HardwareError(f"hardware is an autoshard.Hardware or a name, not a {type(given).__name__}; of a profile: profile.hardware()")
     text = given or ("cpu" if device_type in ("cpu", "meta") else "h100")
-    found = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d{0,5}))?", text) if isinstance(text, str) else None
+    found = re.fullmatch(r"([a-z0-9]+?)(?:x([1-9]\d{0,5}))?", text)
     if found is None or found[1] not in PRESETS:
         names = ", ".join(f"{name} ({name}x4: nodes of 4)" if len(PRESETS[name].links) > 1 else name for name in PRESETS)
         raise HardwareError(

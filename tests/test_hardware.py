@@ -49,13 +49,19 @@ def test_text_forms() -> None:
     assert hardware_of(four) is four
 
 
-@pytest.mark.parametrize("text", ["h1000", "h100x0", "h100x", "H100", "", "h100 x 4", "x4", 8])
+@pytest.mark.parametrize("text", ["h1000", "h100x0", "h100x", "H100", "", "h100 x 4", "x4"])
 def test_unknown_names_are_refused(text: Any) -> None:
     if text == "":
         assert hardware_of(text) is PRESETS["cpu"]  # as None
         return
     with pytest.raises(HardwareError, match=r"there are a100 \(a100x4: nodes of 4\), h100 .*, cpu; 'measured'"):
         hardware_of(text)
+
+
+@pytest.mark.parametrize("given", [8, 0, lambda: None])
+def test_other_things_are_refused(given: Any) -> None:
+    with pytest.raises(HardwareError, match="an autoshard.Hardware or a name, not a (int|function); of a profile: profile.hardware()"):
+        hardware_of(given)
 
 
 def test_a_cpu_has_no_nodes() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,8 @@ from processes import run_on_ranks  # noqa: E402
 
 import autoshard  # noqa: E402
 from autoshard.costs import CostModel  # noqa: E402
-from autoshard.hardware import Hardware, hardware_of  # noqa: E402
+from autoshard.hardware import Hardware  # noqa: E402
+from autoshard.profile_file import loads_profile  # noqa: E402
 from autoshard.text import human_seconds  # noqa: E402
 from autoshard.traffic import seconds_by_term  # noqa: E402
 
@@ -103,12 +104,12 @@ def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return MODELS[name]()
 
 
-def plan_all(names: list[str], hardware: Hardware, folder: str) -> list[Case]:
-    """Plans of every kind."""
+def plan_all(names: list[str], measured: dict[str, Hardware], folder: str) -> list[Case]:
+    """Plans of every kind, each for the hardware that was measured on its mesh."""
     cases = []
     for name in names:
         model, inputs = made(name)
-        for mesh in MESHES:
+        for mesh, hardware in measured.items():
             for kind in KINDS:
                 seed = int(kind.split()[1]) if kind.startswith("random") else None
                 template: Any = "auto" if seed is not None else kind
@@ -123,10 +124,28 @@ def plan_all(names: list[str], hardware: Hardware, folder: str) -> list[Case]:
 # ------------------------------------------------------------------------------------------------------------- measuring
 
 
+def device_mesh(text: str) -> DeviceMesh:
+    spec = autoshard.MeshSpec.of(text)
+    return init_device_mesh("cpu", spec.shape, mesh_dim_names=spec.axes)
+
+
+def profile(mesh: str) -> str:
+    """Runs on every rank: single ops and the collectives of each axis, measured; the same JSON on all."""
+    return autoshard.profile(device_mesh(mesh), save=False).to_json()
+
+
+def profile_all() -> dict[str, Hardware]:
+    measured = {}
+    for mesh in MESHES:
+        found = loads_profile(run_on_ranks(autoshard.MeshSpec.of(mesh).size, profile, mesh)[0])
+        measured[mesh] = found.hardware()
+        print(f"{mesh}: profiled", *found.notes, sep="\n  ", flush=True)
+    return measured
+
+
 def measure(cases: list[Case], rounds: int) -> list[list[float]]:
     """Runs on every rank: seconds of each step of each plan, plans alternating; [case][round]. The first step of each is not timed."""
-    sizes = dict(part.split("=") for part in cases[0].mesh.split(","))
-    mesh = init_device_mesh("cpu", tuple(map(int, sizes.values())), mesh_dim_names=tuple(sizes))
+    mesh = device_mesh(cases[0].mesh)
     steps = []
     for case in cases:
         model, inputs = made(case.model)
@@ -193,7 +212,7 @@ def _cells(case: Case) -> list[str]:
     return [case.model, case.mesh, case.kind, human_seconds(case.predicted_s), human_seconds(case.measured_s), ratio, f"{case.spread:.0%}"]
 
 
-def report(cases: list[Case], hardware: Hardware, how: str, rounds: int) -> str:
+def report(cases: list[Case], load: float, rounds: int) -> str:
     off = worst(cases)
     middle = statistics.median(case.measured_s / case.predicted_s for case in cases)
     terms = ", ".join(f"{name} {human_seconds(seconds)}" for name, seconds in sorted(off.terms.items(), key=lambda term: -term[1])[:4])
@@ -202,7 +221,8 @@ def report(cases: list[Case], hardware: Hardware, how: str, rounds: int) -> str:
         *heading("Predicted and measured step times", "tests/benchmarks/prediction.py"),
         f"{len(cases)} plans of {len({case.model for case in cases})} models on 2 and 4 gloo processes, float32, one thread each; a step",
         f"is forward, backward and a fused AdamW; {rounds} rounds",
-        "in which the plans of a mesh take turns, medians of the slowest rank. Hardware: " + how + ".",
+        "in which the plans of a mesh take turns, medians of the slowest rank. Planned and predicted with what `autoshard.profile` measured",
+        f"on the same processes just before. Load average of the machine {load:.0f} on {os.cpu_count()} cores while measuring.",
         "",
         "Kendall's tau is the agreement in order (1: the same, 0: none). `measured / predicted` is the median; `off` is the median",
         "distance from that median: what is wrong beyond one common factor. `choice`: the plan predicted fastest, and how much slower",
@@ -226,13 +246,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    hardware, how = hardware_of("cpu"), "preset `cpu`, round numbers that were not measured here"
     with tempfile.TemporaryDirectory() as folder:
-        cases = plan_all(args.models, hardware, folder)
+        cases = plan_all(args.models, profile_all(), folder)
         print(f"{len(cases)} plans made", flush=True)
         measure_all(cases, args.rounds)
-    how += f"; load average of the machine {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores while measuring"
-    write(args.out, "prediction.md", report(cases, hardware, how, args.rounds))
+        load = os.getloadavg()[1]
+    write(args.out, "prediction.md", report(cases, load, args.rounds))
 
 
 if __name__ == "__main__":
