@@ -60,7 +60,7 @@ def test_unknown_names_are_refused(text: Any) -> None:
 
 @pytest.mark.parametrize("given", [8, 0, lambda: None])
 def test_other_things_are_refused(given: Any) -> None:
-    with pytest.raises(HardwareError, match="an autoshard.Hardware or a name, not a (int|function); of a profile: profile.hardware()"):
+    with pytest.raises(HardwareError, match=r"an autoshard\.Hardware or a name, not a (int|function); of a profile: profile\.hardware\(\)"):
         hardware_of(given)
 
 
