@@ -41,7 +41,8 @@ def main() -> None:
     reference = LlamaForCausalLM(CONFIG)
     ids = torch.randint(CONFIG.vocab_size, (4, 32))
     batch = {"input_ids": ids, "labels": ids}
-    model = autoshard.compile(copy.deepcopy(reference), mesh, template="megatron", example_kwargs=batch)
+    # the loss is all that is read: the logits stay split
+    model = autoshard.compile(copy.deepcopy(reference), mesh, template="megatron", outputs="dtensor", example_kwargs=batch)
 
     sharded, single = (train(m, AdamW(m.parameters(), 1e-3, foreach=True), [batch] * steps) for m in (model, reference))
     with count_communication(mesh) as sent:

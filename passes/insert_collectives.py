@@ -21,6 +21,10 @@ from autoshard.hardware import Hardware
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
 from autoshard.regions import settle_regions
+from autoshard.text import human_bytes, human_seconds
+from autoshard.traffic import sent_by, wire_bytes
+
+_LITTLE = 0.01  # of a predicted step
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class InsertCollectives:
         settle_branches(program)
         settle_regions(program)
         program.is_typed, program.leaves_whole = True, self.wants_whole_outputs
+        if self.wants_whole_outputs and program.is_training and program.pipeline is None:
+            _note_gathered_results(program, model)
         return program
 
     def _wanted(self, program: Program, node: fx.Node) -> list[Layout]:
@@ -60,6 +66,26 @@ class InsertCollectives:
     def _leaving(self, known: Facts, sizes: tuple[int, ...]) -> Layout:
         made = known.hub if known.is_pinned and known.hub else known.layout
         return leaving_layout(made, known.value, self.wants_whole_outputs, sizes)
+
+
+def _note_gathered_results(program: Program, model: CostModel) -> None:
+    """Say what it costs to give results whole to every rank, where that is more than little of the step."""
+    found: dict[str, tuple[float, float]] = {}
+    for node in tensor_operands(program.output):
+        seconds, nbytes, at = 0.0, 0.0, node
+        while facts(at).role == "conversion" and not facts(at).is_constant:
+            axis, collective, whole = sent_by(program, at, model)[0]
+            seconds += model.collective_s(collective, program.mesh.index(axis), whole)
+            nbytes += wire_bytes(program, at, model)[0]
+            at = at.args[0]  # type: ignore[assignment]
+        found[at.name] = (seconds, nbytes)
+    total_s, total_bytes = sum(seconds for seconds, _ in found.values()), sum(nbytes for _, nbytes in found.values())
+    if total_s > _LITTLE * program.stats.get("objective_s", 0.0):
+        names = ", ".join(name for name, (seconds, _) in found.items() if seconds > _LITTLE * total_s)
+        program.note(
+            f"results are made whole on every rank ({names}): {human_seconds(total_s)} and {human_bytes(total_bytes)} sent a step; "
+            "outputs='dtensor' leaves them split, as DTensors, and the loss as it is"
+        )
 
 
 class _Router:

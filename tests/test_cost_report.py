@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import sympy
@@ -21,6 +22,7 @@ from autoshard.instantiation import instantiate
 from autoshard.measured import Measured
 from autoshard.plan_diff import parameter_texts
 from autoshard.program import facts
+from autoshard.text import human_bytes
 
 TEMPLATES = ("auto", "ddp", "fsdp", "megatron", "megatron_sp")
 DYNAMIC = {"ids": "batch", "labels": "batch"}
@@ -64,13 +66,15 @@ def test_bytes_on_the_wire_are_those_of_the_program(template: str) -> None:
     assert sent == pytest.approx(plan.stats["wire_bytes_per_step"])
 
 
+PLAIN = autoshard.Hardware.uniform(
+    "plain", flops_per_s=1e12, memory_bytes_per_s=1e12, memory_bytes=1e9, link_bytes_per_s=1e9, collective_latency_s=1e-5,
+    kernel_latency_s=1e-6,
+)  # fmt: skip
+
+
 def test_a_linear_by_hand() -> None:
-    hardware = autoshard.Hardware.uniform(
-        "plain", flops_per_s=1e12, memory_bytes_per_s=1e12, memory_bytes=1e9, link_bytes_per_s=1e9, collective_latency_s=1e-5,
-        kernel_latency_s=1e-6,
-    )  # fmt: skip
     model = nn.Linear(32, 16, bias=False)
-    plan = autoshard.plan(model, "dp=4", (torch.zeros(64, 32),), template="ddp", outputs="dtensor", hardware=hardware)
+    plan = autoshard.plan(model, "dp=4", (torch.zeros(64, 32),), template="ddp", outputs="dtensor", hardware=PLAIN)
     report = plan.cost
     (linear,) = [row for row in report.rows if row.op == "aten.linear.default"]
     flops, moved = 2 * 64 * 32 * 16 / 4, 4 * (64 / 4 * 32 + 16 * 32 + 64 / 4 * 16)
@@ -81,6 +85,18 @@ def test_a_linear_by_hand() -> None:
     assert reduced.backward_s == pytest.approx(1e-5 + reduced.wire_bytes / 1e9)
     (step,) = [row for row in report.rows if row.kind == "optimizer"]
     assert (step.node, step.optimizer_s) == ("weight", pytest.approx(7 * 16 * 32 * 4 / 1e12))
+
+
+def test_results_that_are_gathered_are_named() -> None:
+    def notes(**asked: Any) -> list[str]:
+        plan = autoshard.plan(nn.Linear(32, 16), "dp=4", (torch.zeros(64, 32),), constraints={"split:linear": "b.0"}, hardware=PLAIN, **asked)
+        return [note for note in plan.notes if "whole on every rank" in note]
+
+    (note,) = notes()
+    sent = 64 * 16 * 4 * 3 / 4
+    assert note.startswith("results are made whole on every rank (linear): ")
+    assert note.endswith(f" {human_bytes(sent)} sent a step; outputs='dtensor' leaves them split, as DTensors, and the loss as it is")
+    assert not notes(outputs="dtensor")
 
 
 class Shared(nn.Module):

@@ -146,5 +146,8 @@ _language(
         **_SPECIAL,
     },
 )
-_language("rwkv", STATE, "Rwkv", {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "context_length": LENGTH, **_SPECIAL})
+_RWKV = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "context_length": LENGTH, **_SPECIAL}
+_language("rwkv", STATE, "Rwkv", _RWKV, modes=("train",))
+# at its first evaluation, as a Python flag remembers: a program that divides would do so at each
+_language("rwkv_eval", STATE, "Rwkv", _RWKV, modes=("eval",), refusal="div_.Tensor writes into the parameter")
 _language("gpt2_cache", DECODER, "GPT2LMHeadModel", {**_N, "use_cache": True}, labels=False, refusal="Cache")
