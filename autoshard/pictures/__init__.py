@@ -25,6 +25,7 @@ from autoshard.pictures.folding import Folding, card_of, fold_layers, homes_of, 
 from autoshard.pictures.grouping import Groups, all_apart, group, is_view
 from autoshard.pictures.picture import Picture
 from autoshard.pictures.sketch import Sketch
+from autoshard.pictures.staging import cut_modules, is_stage, module_of
 from autoshard.program import Program, facts
 
 __all__ = ["Level", "Picture", "draw"]
@@ -60,7 +61,9 @@ def _modules(program: Program, homes: Mapping[fx.Node, str], costs: CostModel) -
     groups = group(program, homes, folding.first, opened)
     cards = {head: card for head in groups.members if (card := _card(head, homes, opened)) is not None}
     counts = _counted(parent(cards[head]) if head in cards else homes[head] for head in groups.members)
-    frames = {path: None for path in counts if path and path in opened and (counts[path] > 1 or path in folding.copies)}
+    cut = cut_modules(opened)
+    wide = {path for path in counts if path in opened and (counts[path] > 1 or path in folding.copies) and module_of(path) not in cut}
+    frames = {prefix: None for path in counts for prefix in prefixes(path) if is_stage(prefix) or prefix in wide}
     shown, left_out = _capped(list(groups.members))
     return Sketch(program, costs, homes, folding, groups, frames, shown, cards, left_out=left_out)
 
@@ -75,7 +78,7 @@ def _layer(program: Program, homes: Mapping[fx.Node, str], costs: CostModel) -> 
     if not path:
         raise InputError("level='layer' draws one of several numbered modules (layers.0, layers.1, ...), of which this model has none")
     groups = group(program, homes, folding.first, None)
-    shown = {head: None for head in groups.members if is_inside(homes[head], path)}
+    shown = {head: None for head in groups.members if is_inside(module_of(homes[head]), module_of(path))}
     for step in (reversed(groups.members), groups.members):  # conversions on the way in, then those on the way out
         for head in [head for head in step if facts(head).role == "conversion" and head not in shown]:
             users = {groups.head_of(user) for member in groups.members[head] for user in member.users}
@@ -85,7 +88,9 @@ def _layer(program: Program, homes: Mapping[fx.Node, str], costs: CostModel) -> 
         if facts(head).role == "parameter" and any(user in shown for user in _readers(head, groups)):
             shown[head] = None
     ordered, left_out = _capped([head for head in groups.members if head in shown])
-    return Sketch(program, costs, homes, folding, groups, _frames(ordered, homes, path), ordered, has_stubs=True, left_out=left_out)
+    return Sketch(
+        program, costs, homes, folding, groups, _frames(ordered, homes, module_of(path)), ordered, has_stubs=True, left_out=left_out
+    )
 
 
 def _readers(head: fx.Node, groups: Groups) -> list[fx.Node]:
@@ -111,13 +116,15 @@ def _capped(heads: list[fx.Node]) -> tuple[dict[fx.Node, None], tuple[str, ...]]
 
 
 def _frames(shown: Iterable[fx.Node], homes: Mapping[fx.Node, str], outer: str, copies: Iterable[str] = ()) -> dict[str, None]:
-    """Modules to frame: those with several nodes, or with nodes of their own beside other modules."""
+    """Stages, and in module `outer` the modules to frame: those with several nodes, or with nodes of their own beside other modules."""
     drawn = [homes[head] for head in shown]
     counts = _counted(prefix for head in shown if facts(head).role == "op" for prefix in prefixes(homes[head]))
-    wanted = {path: None for path in counts if is_inside(path, outer)}
+    stages = {prefix: None for home in drawn for prefix in prefixes(home)[:1] if is_stage(prefix)}
+    wanted = {**stages, **{path: None for path in counts if is_inside(module_of(path), outer)}}
     held = {next((p for p in reversed(prefixes(home)) if p in wanted), "") for home in drawn}
     parents = [next((p for p in reversed(prefixes(parent(path))) if p in wanted), "") for path in wanted]
-    return {path: None for path in wanted if path in held or path in copies or path == outer or parents.count(path) > 1}
+    kept = {*stages, *held, *copies}
+    return {path: None for path in wanted if path in kept or module_of(path) == outer or parents.count(path) > 1}
 
 
 def _counted(paths: Iterable[str]) -> dict[str, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from autoshard.pictures.staging import is_stage, module_of, staged, stages_of
 from autoshard.program import Program, facts, op_name
 
 _MOST_CARDS, _MOST_CARDS_OF_LAYERS = 10, 24  # modules on one screen; more where repeated layers are only found further inside
@@ -40,7 +41,10 @@ def is_inside(path: str, outer: str) -> bool:
 
 
 def homes_of(program: Program) -> dict[fx.Node, str]:
-    """The module path that each node is drawn in; of parameters and conversions the innermost one around source and users."""
+    """The module path that each node is drawn in; of parameters and conversions the innermost one around source and users.
+
+    Paths of a pipelined program begin with the stage (see staging).
+    """
     homes: dict[fx.Node, str] = {}
     for node in program.nodes():
         known = facts(node)
@@ -55,7 +59,8 @@ def homes_of(program: Program) -> dict[fx.Node, str]:
         parts = [path.split(".") for path in (homes[(*node.all_input_nodes, node)[0]], *sorted(paths))]
         shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
         homes[node] = ".".join(column[0] for column in shared)
-    return homes
+    stages = stages_of(program)
+    return {node: staged(home, stages.get(node)) for node, home in homes.items()}
 
 
 def _inside(homes: Mapping[fx.Node, str]) -> dict[str, list[fx.Node]]:
@@ -67,7 +72,7 @@ def _inside(homes: Mapping[fx.Node, str]) -> dict[str, list[fx.Node]]:
 
 
 def fold_layers(program: Program, homes: Mapping[fx.Node, str]) -> Folding:
-    """Numbered modules that repeat their neighbours node by node, and conversions between them."""
+    """Numbered modules that repeat their neighbours in the stage node by node, and conversions between them."""
     inside = _inside(homes)
     numbered = [path for path in inside if path.rpartition(".")[2].isdigit()]
     numbered.sort(key=lambda path: (path.count("."), parent(path), int(path.rpartition(".")[2])))
@@ -89,12 +94,12 @@ def fold_layers(program: Program, homes: Mapping[fx.Node, str]) -> Folding:
 
 def _signature(path: str, nodes: list[fx.Node]) -> tuple:
     """Equal for layers that do the same with the same layouts."""
-    number = {node: str(k) for k, node in enumerate(nodes)}
+    number, cut = {node: str(k) for k, node in enumerate(nodes)}, len(module_of(path))
     rows = []
     for node in nodes:
         known = facts(node)
         given = fx.map_arg((node.args, node.kwargs), lambda operand: number.get(operand, "outside"))
-        name = op_name(node) if node.op == "call_function" else known.name[len(path) :]
+        name = op_name(node) if node.op == "call_function" else known.name[cut:]
         rows.append((known.role, name, str(given), known.values, known.layouts))
     return tuple(rows)
 
@@ -109,8 +114,21 @@ def layer_of(homes: Mapping[fx.Node, str], folding: Folding) -> str:
 def opened_modules(homes: Mapping[fx.Node, str], folding: Folding) -> set[str]:
     """Modules whose parts are drawn, the model ("") among them; any other is one card.
 
-    Opened are the repeated layers and what holds them, from the outermost, then the largest module while few cards are drawn.
+    Opened are all stages, then the repeated layers and what holds them, from the outermost, then the largest module while few cards are
+    drawn. Layers that a stage boundary cuts stay closed where others are repeated whole, and so do those that repeat the layers of another
+    stage where all are too many.
     """
+    layers = list(folding.copies) or [layer_of(homes, folding)]
+    opened = _opened(homes, folding, layers)
+    if any(map(is_stage, opened)) and not opened.issuperset(layers):
+        inside = _inside(homes)
+        alike = {(module_of(parent(path)), _signature(path, inside[path])): path for path in reversed(layers) if path}
+        opened = _opened(homes, folding, list(alike.values()))
+    return opened
+
+
+def _opened(homes: Mapping[fx.Node, str], folding: Folding, layers: Sequence[str]) -> set[str]:
+    """As opened_modules, where of numbered modules beside `layers` none but these are opened to show them."""
     drawn = [home for node, home in homes.items() if facts(node).role == "op" and node not in folding.first]
     sizes = {path: 0 for home in drawn for path in prefixes(home)}
     for path in itertools.chain.from_iterable(map(prefixes, drawn)):
@@ -119,8 +137,12 @@ def opened_modules(homes: Mapping[fx.Node, str], folding: Folding) -> set[str]:
     for path in sizes:
         children.setdefault(parent(path), []).append(path)
     own = set(drawn)
-    opened, cards = {""}, len(children.get("", ())) + ("" in own)
-    layers = _leads_to(folding.copies or [layer_of(homes, folding)])
+    roots = {"", *filter(is_stage, sizes)}
+    opened, cards = set(roots), 1 + sum(len(children.get(root, ())) + (root in own) - 1 for root in roots)
+    families = {module_of(parent(path)) for path in layers if path}
+    beside = {path for path in sizes if path.rpartition(".")[2].isdigit() and module_of(parent(path)) in families} - {*layers}
+    leading = _leads_to([*layers, *map(parent, beside)])
+    kept_closed = beside if len(roots) > 1 and folding.copies else set()
 
     def open_under(roots: Iterable[str], most: int, is_wanted: Callable[[str], bool], rank: Callable[[str], tuple]) -> None:
         nonlocal cards
@@ -135,8 +157,11 @@ def opened_modules(homes: Mapping[fx.Node, str], folding: Folding) -> set[str]:
                 for child in filter(is_wanted, children[path]):
                     heapq.heappush(ready, (rank(child), child))
 
-    open_under([""], _MOST_CARDS_OF_LAYERS, lambda path: path in layers and path in children, lambda path: (path.count("."), -sizes[path]))
-    open_under(sorted(opened), _MOST_CARDS, lambda path: path in children, lambda path: (-sizes[path],))
+    def is_opened_first(path: str) -> bool:
+        return path in leading and path in children
+
+    open_under(sorted(opened), _MOST_CARDS_OF_LAYERS, is_opened_first, lambda path: (path.count("."), -sizes[path]))
+    open_under(sorted(opened), _MOST_CARDS, lambda path: path in children and path not in kept_closed, lambda path: (-sizes[path],))
     return opened
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from autoshard.pictures.folding import card_of, parent
+from autoshard.pictures.staging import stage_of
 from autoshard.program import Program, arguments, facts, op_name
 from autoshard.rules import rule_of
 
@@ -133,7 +134,7 @@ def _key(node: fx.Node, home: str, operands: list[fx.Node], card: str | None) ->
     is_update = role == "update" or (role == "op" and bool(node.users) and all(facts(user).role == "update" for user in node.users))
     if is_update:
         return ("update", home)
-    return ("parameters", parent(facts(node).name)) if role in ("parameter", "buffer") else None
+    return ("parameters", stage_of(home), parent(facts(node).name)) if role in ("parameter", "buffer") else None
 
 
 def _neighbours(node: fx.Node, home: str, homes: Mapping[fx.Node, str], operands: list[fx.Node], groups: Groups) -> list[fx.Node]:
@@ -142,7 +143,8 @@ def _neighbours(node: fx.Node, home: str, homes: Mapping[fx.Node, str], operands
     if role == "conversion":
         before = node.all_input_nodes[0]
         readers = {(user.target, user.args[1:]) for user in before.users}
-        is_next = facts(before).role == "conversion" and len(readers) == 1 and groups.first.get(before, before) is before
+        is_alike = facts(before).role == "conversion" and stage_of(homes[before]) == stage_of(home)
+        is_next = is_alike and len(readers) == 1 and groups.first.get(before, before) is before
         return operands if is_next else []
     if not is_light(node):
         return []

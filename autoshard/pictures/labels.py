@@ -14,6 +14,7 @@ PARAMETER = "#fff3c4"
 _PLACEMENTS = {"S": "#0b4fc4", "P": "#b34700", "R": PALE, "I": PALE}
 _MEANINGS = {"S": "split along a dim", "P": "partial: a term of a sum", "R": "whole, used differently", "I": "whole, used alike"}
 _LOCAL = "#e3e7ec"
+_RANKS = ("#dfeaff", "#ffe9d6", "#dcf3e1", "#f1e1f7", "#f3e9c9", "#d9f1f2")
 
 NODE = {"shape": "box", "style": "rounded,filled", "fillcolor": "white", "color": INK, "margin": "0.06,0.02"}
 CARD = {"style": "filled", "margin": "0.02,0.01"}
@@ -22,6 +23,7 @@ LOCAL = {**SMALL, "fillcolor": _LOCAL}
 NOTE = {"shape": "note", "style": "filled", "fillcolor": PARAMETER, "color": "#b59f3b", "margin": "0.03,0.01"}
 PORT = {"style": "filled", "fillcolor": "#d8dee6", "penwidth": "1.5"}
 STUB = {"shape": "box", "style": "rounded,dashed", "color": LINE, "margin": "0.05,0.02"}
+SENT = {"color": "#c2410c", "penwidth": "2.2"}
 PLAIN = {"shape": "plain", "style": ""}
 
 
@@ -41,6 +43,11 @@ def table(rows: Iterable[str], attributes: str = "CELLSPACING='1' CELLPADDING='1
 def _table(rows: Iterable[str], attributes: str) -> str:
     inner = "".join(f"<TR>{row}</TR>" for row in rows if row)
     return f"<TABLE BORDER='0' CELLBORDER='0' {attributes}>{inner}</TABLE>" if inner else ""
+
+
+def row(cells: Iterable[str]) -> str:
+    """Cells side by side, to stand in one."""
+    return _table(["".join(cells)], "CELLSPACING='1' CELLPADDING='1'")
 
 
 def lines(words: Iterable[str]) -> str:
@@ -71,11 +78,17 @@ def tooltip(lines: Iterable[str]) -> str:
     return graphviz.escape("\n".join(lines).strip() or " ")
 
 
-def legend(kinds: Iterable[str]) -> tuple[str, str]:
+def stage(rank: int) -> dict[str, str]:
+    """The frame around a pipeline stage, in the colour of its coordinate on `pp`."""
+    return {"style": "rounded,filled", "fillcolor": _RANKS[rank % len(_RANKS)], "color": LINE, "margin": "8"}
+
+
+def legend(kinds: Iterable[str], has_stages: bool = False) -> tuple[str, str]:
     """What colours and letters mean, in two rows; `kinds` are the collectives of the picture."""
     placements = ", ".join(f"{placement(kind, kind)} {text(words, PALE, 9)}" for kind, words in _MEANINGS.items())
     notes = [(f"BGCOLOR='{PARAMETER}'", "parameter")]
     notes += [(f"BGCOLOR='{PILLS[name]}'", name.replace("_", "-")) for name in PILLS if name in set(kinds)]
     notes += [(f"BORDER='1' COLOR='{PALE}'", "framed: in backward only"), (f"BGCOLOR='{_LOCAL}'", "local, sends nothing")]
+    notes += [(f"BGCOLOR='{SENT['color']}'", "sent to a later stage")] if has_stages else []
     swatches = "".join(cell("     ", look) + cell(text(words, PALE, 9)) for look, words in notes)
     return placements, _table([swatches], "CELLSPACING='4' CELLPADDING='1'")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import graphviz
 from torch import fx
@@ -16,13 +15,14 @@ from autoshard.pictures import labels
 from autoshard.pictures.folding import Folding, is_inside, parent, prefixes
 from autoshard.pictures.grouping import Groups, is_view, packet
 from autoshard.pictures.labels import PALE, cell, text, tooltip
+from autoshard.pictures.staging import cut_modules, is_stage, module_of, stage_of, stage_title
 from autoshard.placements import Layout, format_layout
 from autoshard.program import Facts, Program, facts, row_of
-from autoshard.text import describe_value, fold_name, human_bytes, human_seconds
+from autoshard.text import describe_value, human_bytes, human_seconds
 from autoshard.traffic import traffic
 
 _SHORT = {"scaled_dot_product_attention": "attention", "cross_entropy_loss": "cross_entropy"}
-_MOST_VALUES, _MOST_PARAMETERS, _MOST_TIPS, _MOST_READERS = 3, 8, 12, 16
+_MOST_VALUES, _MOST_PARAMETERS, _MOST_TIPS, _MOST_READERS, _MOST_OF_BRIEF = 3, 8, 12, 16, 2
 Drawn = tuple[str, dict[str, str]]  # a label and the node's attributes
 Sends = dict[tuple[str, str], list[float]]  # kind and axis -> times, bytes and seconds forward, then the same backward
 
@@ -54,6 +54,7 @@ class Sketch:
         self.pricer = Pricer(self.program, self.costs)
         self.edges = self._collect()
         self.readers = Counter(start for start, _ in self.edges)
+        self.cut = cut_modules(prefix for node in self.program.nodes("op") for prefix in prefixes(self.homes[node]))
 
     # ------------------------------------------------------------------------------------------------------- the graph
 
@@ -62,11 +63,14 @@ class Sketch:
         graph.attr(label=self._title())
         self._add_nodes(graph, "")
         self._add_stubs(graph)
+        stages = {head.name: stage_of(self.homes[head]) for head in self.shown}
         for ends, values in self.edges.items():
-            tip = tooltip(f"{value.name}: {self._described(value)}" for value in values[:_MOST_TIPS])
-            style = "dashed" if all(facts(value).role in ("parameter", "buffer") for value in values) else ""
-            start = self._start(graph, *ends, values[0])
-            graph.edge(start, ends[1], _attributes={"tooltip": tip, **({"style": style} if style else {})})
+            tip = [f"{value.name}: {self._described(value)}" for value in values[:_MOST_TIPS]]
+            style = {"style": "dashed"} if all(facts(value).role in ("parameter", "buffer") for value in values) else {}
+            start, stage = self._start(graph, *ends, values[0]), stages.get(ends[1])
+            if None not in (stage, stages.get(start)) and stage != stages[start]:
+                tip, style = [f"sent to stage {stage}", *tip], labels.SENT
+            graph.edge(start, ends[1], _attributes={"tooltip": tooltip(tip), **style})
 
     def _start(self, graph: graphviz.Digraph, start: str, end: str, value: fx.Node) -> str:
         """Where an edge starts: at the node, or, where too many edges would cross the picture, at a mark with its name."""
@@ -91,7 +95,7 @@ class Sketch:
             rows.append(text("shapes, bytes and seconds beside a module are those of one microbatch", PALE))
         rows += [text(words, "#b3261e", 11, is_bold=True) for words in self.left_out]
         rows = [cell(row, "ALIGN='CENTER'") for row in rows]
-        return labels.table([*rows, *(cell(row, "ALIGN='CENTER'") for row in labels.legend(moved))])
+        return labels.table([*rows, *(cell(row, "ALIGN='CENTER'") for row in labels.legend(moved, pipeline is not None))])
 
     def _home(self, head: fx.Node) -> str:
         """The module that a group's node stands in: of a closed module the one around it."""
@@ -128,13 +132,17 @@ class Sketch:
                 users = [user for value in values for user in value.users]
                 beyond = [self._where(head) for head in map(self.groups.head_of, users) if head not in self.shown]
                 readers = dict.fromkeys([*(["the next layer"] if any(user in self.folding.first for user in users) else []), *beyond])
-                graph.node(
-                    end, labels.table([cell(text(f"to {', '.join(readers)}", PALE, 9))]), _attributes={**labels.STUB, "tooltip": " "}
-                )
+                shown = [*list(readers)[:_MOST_VALUES], *([f"{len(readers) - _MOST_VALUES} more"] if len(readers) > _MOST_VALUES else [])]
+                label = labels.table([cell(text(f"to {', '.join(shown)}", PALE, 9))])
+                graph.node(end, label, _attributes={**labels.STUB, "tooltip": " "})
 
     def _where(self, head: fx.Node) -> str:
         known = facts(head)
-        return f"{known.role} {known.name}".strip() if known.role in ("input", "output") else self.homes[head] or packet(head)
+        if known.role in ("input", "output"):
+            return f"{known.role} {known.name}".strip()
+        path, stage = module_of(self.homes[head]) or packet(head), stage_of(self.homes[head])
+        is_elsewhere = stage is not None and all(stage_of(self.homes[other]) != stage for other in self.shown)
+        return f"{path} in stage {stage}" if is_elsewhere else path
 
     def _collect(self) -> dict[tuple[str, str], list[fx.Node]]:
         """Pairs of drawn nodes with an edge -> the values that pass."""
@@ -162,32 +170,25 @@ class Sketch:
     def _cluster(self, child: str, path: str) -> dict[str, str]:
         depth = sum(p in self.clusters for p in prefixes(child)) - 1
         line = {"color": labels.INK, "penwidth": "2"} if child in self.folding.copies else {"color": labels.LINE, "penwidth": "1"}
-        label = f"<{text(self._named(child, path), is_bold=True)} {text(self.kinds.get(child, '') + self._stages(child), PALE)}>"
+        pipeline, stage = self.program.pipeline, stage_of(child)
+        if pipeline is not None and stage is not None and is_stage(child):
+            name, said = stage_title(pipeline, stage)
+            look = labels.stage(pipeline.stage_ranks[stage])
+            return {"label": f"<{text(name, is_bold=True)} {text(said, PALE)}>", "labeljust": "l", "tooltip": f"{name}, {said}", **look}
+        label = f"<{text(self._named(child, path), is_bold=True)} {text(self._kind(child), PALE)}>"
         fill = {"style": "rounded,filled", "fillcolor": labels.DEPTHS[min(depth, len(labels.DEPTHS) - 1)]}
-        return {"label": label, "labeljust": "l", "margin": "8", "tooltip": tooltip([child]), **fill, **line}
+        return {"label": label, "labeljust": "l", "margin": "8", "tooltip": tooltip([module_of(child)]), **fill, **line}
 
-    def _stages(self, path: str) -> str:
-        """The pipeline stages that a module and its copies stand in, as words behind its class."""
-        found = self._stages_of.get(fold_name(path))
-        if found is None:
-            return ""
-        return f", stage {found[0]}" if found[0] == found[1] else f", stages {found[0]} to {found[1]}"
-
-    @cached_property
-    def _stages_of(self) -> dict[str, tuple[int, int]]:
-        """By the path of a module, numbers folded, its first and last stage."""
-        found: dict[str, tuple[int, int]] = {}
-        for node in self.program.nodes("op") if self.program.pipeline is not None else ():
-            stage = facts(node).stage
-            for path in prefixes(facts(node).source.module) if stage is not None else ():
-                known = found.get(fold_name(path), (stage, stage))
-                found[fold_name(path)] = min(known[0], stage), max(known[1], stage)  # type: ignore[type-var,assignment]
-        return found
+    def _kind(self, path: str) -> str:
+        """The class of a module; of one that a stage boundary cuts also that this is a part of it."""
+        words = [self.kinds.get(module_of(path), ""), *(["in part"] if module_of(path) in self.cut else [])]
+        return ", ".join(filter(None, words))
 
     def _named(self, path: str, frame: str) -> str:
         """A module's name within `frame`, with its copies."""
-        names = [".".join(p.split(".")[-2:]) for p in (path, *self.folding.copies.get(path, ()))]
-        return path.removeprefix(f"{frame}.") if len(names) == 1 else f"{names[0]} … {names[-1]}  ×{len(names)}"
+        paths = [module_of(p) for p in (path, *self.folding.copies.get(path, ()))]
+        names = [".".join(p.split(".")[-2:]) for p in paths]
+        return paths[0].removeprefix(f"{module_of(frame)}.") if len(names) == 1 else f"{names[0]} … {names[-1]}  ×{len(names)}"
 
     # -------------------------------------------------------------------------------------------------------- one node
 
@@ -209,7 +210,7 @@ class Sketch:
         told = [node for node in members if not is_view(node)] or members
         said = [f"{node.name}: {self._described(node)}  {facts(node).source}  {self._cost([node])}".rstrip() for node in told[:_MOST_TIPS]]
         more = [f"and {len(told) - _MOST_TIPS} more"] if len(told) > _MOST_TIPS else []
-        total = [f"{self.card[head]}: {self._cost(members)}"] if head in self.card else []
+        total = [f"{module_of(self.card[head])}: {self._cost(members)}"] if head in self.card else []
         return tooltip([*total, *said, *more])
 
     def _rows(self, node: fx.Node) -> list[CostRow]:
@@ -257,16 +258,19 @@ class Sketch:
         rows = []
         for known in map(facts, members):
             if known.role in ("parameter", "buffer"):
-                name = text(known.name.removeprefix(f"{frame}."), size=9, is_bold=known.role == "parameter")
+                name = text(known.name.removeprefix(f"{module_of(frame)}."), size=9, is_bold=known.role == "parameter")
                 rows.append(f"{name} {self._value(known)}")
         return labels.lines(_cut(rows, _MOST_PARAMETERS))
 
     def _card(self, head: fx.Node, members: Sequence[fx.Node]) -> Drawn:
-        """A closed module: name, what leaves it and what it sends; beside that its parameters."""
+        """A closed module: name, what leaves it and what it sends, beside that its parameters; of layers among stages only sums."""
         path, frame = self.card[head], self._frame(self._home(head))
-        title = f"{text(self._named(path, frame), is_bold=True)} {text(self.kinds.get(path, '') + self._stages(path), PALE)}"
-        left = [cell(title), *self._values(self._leaving(head, members)), *self._sends(members)]
-        parameters = self._parameters(members, path)
+        title = f"{text(self._named(path, frame), is_bold=True)} {text(self._kind(path), PALE)}"
+        held = [node for node in members if facts(node).role == "parameter"]
+        is_brief = stage_of(path) is not None and path.rpartition(".")[2].isdigit() and len(held) > _MOST_OF_BRIEF
+        sends = self._kinds_sent(members) if is_brief else self._sends(members)
+        left = [cell(title), *self._values(self._leaving(head, members)), *sends]
+        parameters = self._bytes_of(held) if is_brief else self._parameters(members, path)
         beside = cell(parameters, f"ALIGN='LEFT' BGCOLOR='{labels.PARAMETER}' ROWSPAN='{len(left)}'") if parameters else ""
         return labels.table([left[0] + beside, *left[1:]]), labels.CARD
 
@@ -278,9 +282,9 @@ class Sketch:
             names = [f"[{head.args[1]}]"]
         home = self.homes[head]
         is_framed = self._frame(home) == home
-        title, name = " ".join(names[:4]) + " …" * (len(names) > 4), "" if is_framed else home.rpartition(".")[2]
+        title, name = " ".join(names[:4]) + " …" * (len(names) > 4), "" if is_framed else module_of(home).rpartition(".")[2]
         if name and len(ops) > 1:
-            title = self.kinds.get(home) or title
+            title = self.kinds.get(module_of(home)) or title
         values = self._values(self._leaving(head, members))
         if updates or not ops or facts(head).is_constant:
             return labels.table([cell(text(f"{name} {title}".strip(), PALE, 9)), *values]), labels.SMALL
@@ -306,6 +310,21 @@ class Sketch:
             words = f"{kind.replace('_', '-')} @{axis}{copies}  {'; '.join(ways)}"
             rows.append(labels.collective_cell(kind, words, bool(amounts[0])))
         return rows
+
+    def _kinds_sent(self, nodes: Iterable[fx.Node]) -> list[str]:
+        """The bytes of every kind of collective, both ways, in one coloured row."""
+        kinds: dict[str, list[float]] = {}
+        for (kind, _), amounts in self._sent(nodes).items():
+            found = kinds.setdefault(kind, [0.0, 0.0])
+            found[0] += amounts[0]
+            found[1] += amounts[1] + amounts[4]
+        cells = [labels.collective_cell(k, f"{k.replace('_', '-')} {human_bytes(sent)}", bool(n)) for k, (n, sent) in kinds.items()]
+        return [cell(labels.row(cells))] if cells else []
+
+    def _bytes_of(self, parameters: Sequence[fx.Node]) -> str:
+        """How many parameters there are, and their bytes on one rank."""
+        held = sum(self.costs.local_bytes(facts(node).value, facts(node).layout) for node in parameters if facts(node).layouts)
+        return labels.lines(text(words, PALE, 9) for words in (f"{len(parameters)} parameters", human_bytes(held)))
 
     def _pill(self, head: fx.Node, members: Sequence[fx.Node]) -> Drawn:
         """One conversion, or several of one value one after the other."""
