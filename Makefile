@@ -14,14 +14,14 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 READY := $(VENV)/.ready
 
-demo test prove zoo docs examples: export OMP_NUM_THREADS ?= 1
+demo test prove zoo docs examples screenshots: export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types docs site examples prove zoo bench gpu clean
+.PHONY: help setup demo test check lint types docs site screenshots examples prove zoo bench gpu clean
 
 help:  ## print this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY)  ## create the environment and install autoshard into it (at once where that is done)
 
@@ -55,6 +55,9 @@ $(SITE)/.ready: pyproject.toml
 	$(SITE)/bin/python -m pip install -q $$($(PYTHON) -c "import tomllib; \
 		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	@touch $@
+
+screenshots: $(READY)  ## draw the pictures of README and docs again, into docs/images (needs chromium and dot)
+	$(BIN)/python .ci/make_screenshots.py
 
 examples: $(READY)  ## run every example, small
 	$(BIN)/python examples/demo.py --small --steps 3 --out out/examples
