@@ -25,5 +25,6 @@ def _expanded(entry: Any, docs: Path) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for each page: a block that is a file (see run_code_blocks.py) shows the file's name."""
-    return re.sub(r"^<!-- (\S+\.py) -->\n+```python$", r'```python title="\1"', markdown, flags=re.M)
+    """Called by mkdocs for each page: a block that is a file (see run_code_blocks.py) shows its name, a picture opens in full."""
+    markdown = re.sub(r"^<!-- (\S+\.py) -->\n+```python$", r'```python title="\1"', markdown, flags=re.M)
+    return re.sub(r"!\[([^\]]*)\]\(([^)]*images/[^)]+)\)", r"[![\1](\2)](\2)", markdown)
