@@ -42,14 +42,15 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class ModuleShare:
-    """What the modules of one (folded) path take per rank. state_bytes: parameters, gradients, optimizer; kept_bytes: for backward."""
+    """What the modules of one (folded) path take per rank. state_bytes: parameters, gradients, optimizer; result_bytes: what their ops
+    return that needs a gradient, whether backward keeps it or not."""
 
     name: str
     modules: int
     step_s: float
     sent_bytes: float
     state_bytes: float
-    kept_bytes: float
+    result_bytes: float
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class Explanation:
         total = sum(row.step_s for row in self.modules)
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("module", overflow="fold", min_width=20)
-        for name in ("step", "share", "sent", "state", "kept"):
+        for name in ("step", "share", "sent", "state", "results"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.modules:
             name = f"{row.name} x{row.modules}" if row.modules > 1 else row.name
-            sizes = (human_bytes(size) if size else "" for size in (row.sent_bytes, row.state_bytes, row.kept_bytes))
+            sizes = (human_bytes(size) if size else "" for size in (row.sent_bytes, row.state_bytes, row.result_bytes))
             table.add_row(name, human_seconds(row.step_s), f"{row.step_s / total:.0%}" if total else "", *sizes)
         return Group(*self.summary, table, *self._sent(), *self._fallbacks())
 
@@ -140,18 +141,16 @@ def _summary(plan: Plan, report: CostReport, modules: Sequence[ModuleShare]) -> 
     yield f"Of it, {', '.join(own)}; {sum(sent.values()) / total:.0%} communication{f' ({moved})' if moved else ''}."
     values, costs = [facts(node) for node in plan.program.parameters().values()], CostModel(plan.mesh, plan.hardware)
     held, whole = sum(costs.local_bytes(v.value, v.layout) for v in values), sum(v.value.nbytes for v in values)
-    state, kept = sum(row.state_bytes for row in modules), sum(row.kept_bytes for row in modules)
-    if pipeline is not None:
+    if pipeline is None:
+        state = sum(row.state_bytes for row in modules)
+        said = f"Per rank: parameters {human_bytes(held)} of {human_bytes(whole)}"
+    else:
         most, state = max(weights_by_rank(plan.program, costs), key=lambda pair: pair[1])
-        yield (
-            f"Of the weights, {human_bytes(whole)}, a rank has {human_bytes(most)} at most, with gradients and AdamW's moments "
-            f"{human_bytes(state)}; with what is kept for backward, {human_bytes(kept_by_rank(report))}, as the search counts them."
-        )
-        return
-    yield (
-        f"Per rank: parameters {human_bytes(held)} of {human_bytes(whole)}, with gradients and AdamW's moments {human_bytes(state)}; "
-        f"results kept for backward {human_bytes(kept)}, as the search counts them."
-    )
+        said = f"Of the weights, {human_bytes(whole)}, a rank has {human_bytes(most)} at most"
+    said += f", with gradients and AdamW's moments {human_bytes(state)}"
+    if pipeline is not None or "kept_bytes" in plan.program.stats:
+        said += f"; with what is kept for backward, {human_bytes(kept_by_rank(report))}, as the search counts them"
+    yield f"{said}."
 
 
 def _of_stages(plan: Plan, pipeline: Pipeline, report: CostReport, times: str) -> Iterator[str]:

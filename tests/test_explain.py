@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import autoshard
 from autoshard.errors import ConstraintError, PlanError
+from autoshard.text import human_bytes
 
 TEMPLATES = ("ddp", "fsdp", "megatron", "megatron_sp")
 
@@ -76,6 +77,13 @@ def test_an_explanation_says_which_layouts_meet(plan: autoshard.Plan) -> None:
     assert "each rank holds a term of a sum" in flat
     assert "the parameter rests" not in flat  # nothing is sharded like FSDP here
     assert "ranks read the parameter for different data, so its gradient is summed" in flat
+
+
+def test_memory_is_what_the_search_counted(plan: autoshard.Plan) -> None:
+    kept, state = plan.stats["kept_bytes"], sum(row.state_bytes for row in plan.explain().modules)
+    assert kept > state
+    said = next(words for words in plan.explain().summary if words.startswith("Per rank"))
+    assert f"AdamW's moments {human_bytes(state)}; with what is kept for backward, {human_bytes(kept)}, as the search counts them." in said
 
 
 def test_state_of_parameters_by_module(plan: autoshard.Plan) -> None:
