@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import html
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +148,19 @@ def test_tied_weights_and_arguments_stand_outside() -> None:
     source = plan().graph("ops").source
     shown = drawn_stages(source)
     assert {"ids", "labels", "head_weight"} <= set(statements(source)) - set(shown)
+
+
+def test_stages_of_one_rank_have_one_colour() -> None:
+    asked = Pipelining(microbatches=2, schedule="interleaved_1f1b", stages_per_rank=2)
+    several = autoshard.plan(GPT(layers=4), "pp=2", *CASES["gpt"].batch(0), pipeline=asked, hardware="h100")
+    frames = re.findall(r"fillcolor=\"(#\w+)\" label=<<FONT[^>]*><B>stage \d", several.graph().source)
+    assert len(frames) == 4
+    assert frames[:2] == frames[2:]
+    assert frames[0] != frames[1]
+
+
+def test_reports_show_the_frames(tmp_path: Path) -> None:
+    assert "ranks 2-3, forward" in html.unescape(plan().report(tmp_path / "report.html").read_text())
 
 
 @pytest.mark.parametrize("level", ["modules", "layer", "ops"])
