@@ -89,7 +89,8 @@ def test_a_linear_by_hand() -> None:
 
 def test_results_that_are_gathered_are_named() -> None:
     def notes(**asked: Any) -> list[str]:
-        plan = autoshard.plan(nn.Linear(32, 16), "dp=4", (torch.zeros(64, 32),), constraints={"split:linear": "b.0"}, hardware=PLAIN, **asked)
+        split = {"split:linear": "b.0"}
+        plan = autoshard.plan(nn.Linear(32, 16), "dp=4", (torch.zeros(64, 32),), constraints=split, hardware=PLAIN, **asked)
         return [note for note in plan.notes if "whole on every rank" in note]
 
     (note,) = notes()
