@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -199,19 +200,29 @@ def test_work_is_what_torch_counts(op: nn.Module, shape: tuple[int, ...]) -> Non
     assert 2 * rule.products(equation.sizes, (*call.inputs, *call.outputs)) == counter.get_total_flops()
 
 
-def test_conversion_table_equals_single_routes() -> None:
-    """Whole tables of prices against the route that insertion takes, for every pair of layouts."""
-    mesh, info = MeshSpec.of("a=2,b=3"), TensorInfo((12, 6), torch.float32, True)
-    costs = CostModel(mesh, hardware_of("h100"))
-    kinds = (I, R, P, S(0), S(1), S(0, (6, 6)))
-    layouts: list[Layout] = [(a, b) for a in kinds for b in kinds if local_shape(info.shape, (a, b), mesh.shape)]
-    table = ConversionTable(costs).seconds(layouts, layouts, info)
+@pytest.mark.parametrize(
+    ("mesh", "shape", "segments"),
+    [("a=2,b=3", (12, 6), (6, 6)), ("a=2,b=2,c=2", (16, 2), (4, 4, 4, 4)), ("a=2,b=3,c=2", (24, 7), (12, 12)), ("a=2,b=2,c=2", (9, 8), ())],
+)
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_conversion_table_equals_single_routes(mesh: str, shape: tuple[int, ...], segments: tuple[int, ...], needs_grad: bool) -> None:
+    """Whole tables of prices against the route that insertion takes, for every pair of layouts, nested segments among them."""
+    spec, info = MeshSpec.of(mesh), TensorInfo(shape, torch.float32, needs_grad)
+    costs = CostModel(spec, hardware_of("h100"))
+    kinds = (I, R, P, S(0), S(1), *([S(0, segments)] if segments else []))
+    layouts: list[Layout] = [x for x in itertools.product(kinds, repeat=spec.ndim) if local_shape(shape, x, spec.shape)]
+    layouts = layouts[:: max(1, len(layouts) // 40)]
+    table = ConversionTable(costs)
+    assert table.seconds(layouts[:7], layouts, info).shape == (7, len(layouts))  # some first, all later
+    seconds = table.seconds(layouts, layouts, info)
     for i, src in enumerate(layouts):
         for j, dst in enumerate(layouts):
             route = costs.best_route(src, dst, info)
             assert route is not None
-            assert table[i, j] <= route[0] * (1 + 1e-9)
-            assert table[i, j] > 0 or src == dst or route[0] == 0
+            assert seconds[i, j] <= route[0] * (1 + 1e-9)
+            if len(route[1]) == len({step.axis for step in route[1]}):  # else a detour, whose steps the table takes in any order
+                assert seconds[i, j] == pytest.approx(route[0], rel=1e-9)
+            assert seconds[i, j] > 0 or src == dst or route[0] == 0
 
 
 def test_templates_are_constraints() -> None:
