@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from autoshard import runtime
 from autoshard.conversions import COMMUNICATES, WIRE, Step
@@ -20,6 +21,7 @@ from autoshard.runtime import Collective
 from autoshard.simulator import Context
 
 Sent = tuple[str, str, float]  # axis, the collective, bytes that the axis holds together
+_SAME_FOR_EVERY_BLOCK = frozenset({"add", "_block", "_block_gradient"})  # of a ring: shapes of tensors decide the result's
 
 
 @dataclass
@@ -61,11 +63,29 @@ class MeteredAxis:
         return x.detach()
 
 
+class _Once(TorchFunctionMode):
+    """Runs what a ring does for each of its blocks for one of them: a block without memory is like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[object, Any] = {}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if kwargs or getattr(func, "__name__", "") not in _SAME_FOR_EVERY_BLOCK or any(x.requires_grad for x in tensors):
+            return func(*args, **(kwargs or {}))
+        key = func, tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x if isinstance(x, bool) else type(x) for x in args)
+        if key not in self.known:
+            self.known[key] = func(*args)
+        return self.known[key]
+
+
 def meter(function: str, call: Call, layouts: Sequence[Layout], axes: Mapping[str, Sequence[str]], mesh: MeshSpec) -> list[Sent]:
     """What the lowering `function` sends for `call` with inputs in `layouts`; axes: keyword -> mesh axes that split its factor."""
     sent: list[Sent] = []
     metered = {key: tuple(MeteredAxis(name, mesh.shape[mesh.index(name)], sent) for name in names) for key, names in axes.items()}
-    run_lowering(function, call, [_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)], metered)
+    with _Once():
+        run_lowering(function, call, [_empty(info, layout, mesh) for info, layout in zip(call.inputs, layouts, strict=False)], metered)
     return sent
 
 

@@ -171,6 +171,8 @@ def _return_home(
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over the keys of two blocks, from their results and the logarithms of their sums."""
+    if a[0].is_meta:
+        return a  # tensors without memory are there to find out what is sent
     log_total = torch.logaddexp(a[1], b[1])
     return a[0] * _weight(a[1], log_total) + b[0] * _weight(b[1], log_total), log_total
 
