@@ -63,6 +63,7 @@ class SearchSpace:
     uses: dict[Value, list[tuple[fx.Node, int]]] = field(default_factory=dict)
     _tables: dict[object, np.ndarray] = field(default_factory=dict)
     _keep: list[object] = field(default_factory=list)
+    _same: dict[object, list[Supply]] = field(default_factory=dict)
     _conversions: ConversionTable = field(init=False)
     _shares: dict[fx.Node, float] = field(init=False)  # of what pipeline stages do once for all microbatches
 
@@ -176,7 +177,6 @@ class SearchSpace:
         return [pin for pin in self.pins.get(named, []) if not pin.is_split]
 
     def _supplies(self, value: Value) -> list[Supply]:
-        natives = list(dict.fromkeys(c.outputs[value[1]] for c in self.domains[value[0]]))
         info = facts(value[0]).values[value[1]]
         pins = self.pins_of(value)
         if pins:
@@ -184,10 +184,22 @@ class SearchSpace:
             if not hubs and not all(pin.is_soft for pin in pins):
                 raise_unfit(pins, facts(value[0]).name or value[0].name, info, self.program)
             if hubs:
-                return [Supply(hub) for hub in hubs]
+                return self._shared([Supply(hub) for hub in hubs])
             self.program.note(
                 f"what {facts(value[0]).source.module} returns, {info.shape}, cannot lie as the template asks ({pins[0].text}); left free"
             )
+        # equal values of equal layers share a list, by which tables are known
+        readers = tuple((id(self.domains.get(user) or self.chosen.get(user)), k) for user, k in self.uses[value])
+        key = id(self.domains[value[0]]), value[1], readers, info
+        if key not in self._same:
+            self._same[key] = self._shared(self._unpinned(value, info))
+        return self._same[key]
+
+    def _shared(self, supplies: list[Supply]) -> list[Supply]:
+        return self._same.setdefault(tuple(supplies), supplies)
+
+    def _unpinned(self, value: Value, info: TensorInfo) -> list[Supply]:
+        natives = list(dict.fromkeys(c.outputs[value[1]] for c in self.domains[value[0]]))
         seen: dict[Layout, int] = {}
         for user, k in self.uses[value]:
             for want in dict.fromkeys(self._wants(user, k)):
@@ -196,13 +208,12 @@ class SearchSpace:
         alone = dict.fromkeys([*natives, *shared])
         both = []
         if self.program.mesh.ndim < 3 or len(alone) <= _MANY_LAYOUTS:
-            both = [Supply(hub, native) for native in natives for hub in shared if self._is_worth_both(native, hub, info)]
+            near = ((natives[i], shared[j]) for i, j in np.argwhere(_differing_axes(natives, shared) == 1))
+            both = [Supply(hub, native) for native, hub in near if self._is_worth_both(native, hub, info)]
         return [*map(Supply, alone), *both]
 
     def _is_worth_both(self, native: Layout, hub: Layout, info: TensorInfo) -> bool:
-        """Whether neither layout gives the other without communication, in the one axis where they differ."""
-        if sum(a != b for a, b in zip(native, hub, strict=True)) != 1:
-            return False
+        """Whether neither of two layouts that differ on one axis gives the other without communication."""
         return all(self.costs.communicates(a, b, info) for a, b in ((native, hub), (hub, native)))
 
     def _restable(self, info: TensorInfo) -> list[Layout]:
@@ -310,37 +321,42 @@ class SearchSpace:
     def made(self, value: Value, supplies: list[Supply]) -> np.ndarray:
         """Between the maker and the supply: the conversion to the hub."""
         domain, info = self.domains[value[0]], facts(value[0]).values[value[1]]
-        natives = [c.outputs[value[1]] for c in domain]
         share = self._shares.get(value[0], 1.0)
-        key = ("made", id(domain), value[1], tuple(supplies), info, share)
+        key = ("made", id(domain), value[1], id(supplies), info, share)
 
         def make() -> np.ndarray:
+            natives = [c.outputs[value[1]] for c in domain]
             seconds = self.seconds(natives, [way.hub for way in supplies], info)
             fitting = np.array([[way.native in (None, native) for way in supplies] for native in natives])
             return np.where(fitting, seconds * share, math.inf)
 
-        return self.remember(key, make, domain)
+        return self.remember(key, make, domain, supplies)
 
     def convert(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between the only producer and the only reader."""
         producer_domain, reader_domain = self.domains[value[0]], self.domains[user]
         info = facts(value[0]).values[value[1]]
-        have, want = [c.outputs[value[1]] for c in producer_domain], [c.inputs[k] for c in reader_domain]
         share = self._shares.get(value[0], 1.0)
         key = ("convert", id(producer_domain), value[1], id(reader_domain), k, info, share)
-        return self.remember(key, lambda: self.seconds(have, want, info) * share, producer_domain, reader_domain)
+
+        def make() -> np.ndarray:
+            have, want = [c.outputs[value[1]] for c in producer_domain], [c.inputs[k] for c in reader_domain]
+            return self.seconds(have, want, info) * share
+
+        return self.remember(key, make, producer_domain, reader_domain)
 
     def offer(self, value: Value, user: fx.Node, k: int) -> np.ndarray:
         """Between a supply and one of its readers: from the hub, or from the native layout where both are offered."""
         supplies, domain = self.supplies[value], self.domains[user]
         info = facts(value[0]).values[value[1]]
-        want, share = [c.inputs[k] for c in domain], self._shares.get(value[0], 1.0)
+        share = self._shares.get(value[0], 1.0)
 
         def make() -> np.ndarray:
+            want = [c.inputs[k] for c in domain]
             from_native = self.seconds([way.native or way.hub for way in supplies], want, info)
             return np.minimum(self.seconds([way.hub for way in supplies], want, info), from_native) * share
 
-        return self.remember(("offer", tuple(supplies), id(domain), k, info, share), make, domain)
+        return self.remember(("offer", id(supplies), id(domain), k, info, share), make, supplies, domain)
 
     def seconds(self, have: Sequence[Layout], want: Sequence[Layout], info: TensorInfo) -> np.ndarray:
         """f64[len(have), len(want)] of converting a value, both directions where it has a gradient."""
@@ -352,6 +368,15 @@ class SearchSpace:
     def _draw(self, seconds: float) -> float:
         """A random price in place of the real one, when random plans are asked for."""
         return float(self.random.random()) if self.random is not None else seconds
+
+
+def _differing_axes(natives: Sequence[Layout], hubs: Sequence[Layout]) -> np.ndarray:
+    """i64[len(natives), len(hubs)]: on how many axes they differ."""
+    if not natives or not hubs:
+        return np.zeros((len(natives), len(hubs)), dtype=int)
+    codes: dict[Placement, int] = {}
+    have, want = (np.array([[codes.setdefault(p, len(codes)) for p in layout] for layout in side]) for side in (natives, hubs))
+    return (have[:, None] != want[None]).sum(axis=2)
 
 
 def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program) -> None:
