@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +34,14 @@ class Passed:
     """choices: the best assignment met; value: its total (inf where none of finite cost was met); bound: no total is less.
 
     kept: per variable, indices of the choices that a better assignment, or one as good, may have.
+    handed: by scope what its table handed to each of its variables, in the order of the scope.
     """
 
     choices: tuple[int, ...]
     value: float
     bound: float
     kept: tuple[np.ndarray, ...]
+    handed: Mapping[Scope, Sequence[np.ndarray]] = field(default_factory=dict)
 
 
 class _Table(NamedTuple):
@@ -62,10 +65,13 @@ class _Sweeps:
         self.beliefs = [model.pool[model.costs[v,]].copy() for v in range(len(model.domains))]  # cost and what was handed in
         self.tables_of: list[list[tuple[_Table, int]]] = [[] for _ in model.domains]
         self.tables: list[_Table] = []
+        turned: dict[tuple[int, Scope], np.ndarray] = {}
         for scope, table in model.costs.items():
             if len(scope) > 1:
-                dims = sorted(range(len(scope)), key=lambda k: rank[scope[k]])
-                entries = np.ascontiguousarray(model.pool[table].transpose(dims))
+                dims = tuple(sorted(range(len(scope)), key=lambda k: rank[scope[k]]))
+                if (table, dims) not in turned:  # of equal layers once
+                    turned[table, dims] = np.ascontiguousarray(model.pool[table].transpose(dims))
+                entries = turned[table, dims]
                 made = _Table(tuple(scope[k] for k in dims), entries, [np.zeros(n) for n in entries.shape])
                 self.tables.append(made)
                 for k, v in enumerate(made.scope):
@@ -87,7 +93,11 @@ class _Sweeps:
             if reaches(bound, value) or gap > (1.0 - _LEAST_PROGRESS) * before:
                 break
             before = gap if math.isfinite(gap) else before
-        return Passed(choices, value, bound, self._kept(value - self._bound()))
+        handed = {}
+        for table in self.tables:
+            of_variable = dict(zip(table.scope, table.handed, strict=True))
+            handed[tuple(sorted(table.scope))] = [of_variable[v] for v in sorted(table.scope)]
+        return Passed(choices, value, bound, self._kept(value - self._bound()), handed)
 
     def _visit(self, v: int, is_forth: bool) -> None:
         tables = self.tables_of[v]

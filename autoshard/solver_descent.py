@@ -11,6 +11,7 @@ import numpy as np
 
 from autoshard.elimination import BLOCK_ENTRIES, Elimination, WideError
 from autoshard.message_passing import pass_messages
+from autoshard.repeats import solve_repeats
 from autoshard.solver_tables import InfeasibleError, Model, Pool, prune, reaches, restrict
 
 _LITTLE_WORK = 2**28  # entries that elimination may add up, a few tenths of a second
@@ -61,7 +62,7 @@ def lift(solution: Solution, domains: Sequence[np.ndarray]) -> Solution:
 
 
 def _pass_messages(model: Model, limit: float) -> Solution:
-    passed = pass_messages(model)
+    passed = solve_repeats(model) or pass_messages(model)
     largest = max(model.pool[table].size for table in model.costs.values())
     bound = passed.value if reaches(passed.bound, passed.value) else passed.bound
     known = Solution(passed.choices, passed.value, bound, model.bytes_of(passed.choices), largest, 0)

@@ -82,6 +82,7 @@ class Model:
     """The problem on interned tables; `domains[v]` are the original indices of the choices of v still in play.
 
     costs: seconds by scope, the scope (v,) of every variable among them. memory: bytes by scope, where there are any.
+    blocks: of the problem, without what they share with each other. layers: the same, whole.
     """
 
     pool: Pool
@@ -89,6 +90,7 @@ class Model:
     costs: dict[Scope, int]
     memory: dict[Scope, int]
     blocks: tuple[Scope, ...] = ()
+    layers: tuple[Scope, ...] = ()
 
     @functools.cached_property
     def scopes_of(self) -> list[list[Scope]]:
@@ -165,9 +167,8 @@ def load(problem: Problem, has_budget: bool) -> Model:
             memory[scope] = intern(f"pair_bytes[{', '.join(map(str, scope))}]", problem.pair_bytes[scope], *shape)
     for v, table in enumerate(problem.memory_bytes or () if has_budget else ()):
         memory[v,] = intern(f"memory_bytes[{v}]", table, sizes[v])
-    return Model(
-        pool, [np.arange(size) for size in sizes], costs, {scope: t for scope, t in memory.items() if pool[t].any()}, _inner(problem)
-    )
+    memory = {scope: t for scope, t in memory.items() if pool[t].any()}
+    return Model(pool, [np.arange(size) for size in sizes], costs, memory, _inner(problem), problem.blocks)
 
 
 def _inner(problem: Problem) -> tuple[Scope, ...]:
