@@ -25,6 +25,7 @@ from torch import fx
 from autoshard.caching_allocator import CachingAllocator
 from autoshard.hardware import Hardware
 from autoshard.memory_recorder import Block, Event
+from autoshard.mesh import PIPELINE_AXIS
 from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer, Phase, Place, rehearse
 from autoshard.text import human_bytes
@@ -42,13 +43,15 @@ _CUBLAS = {"a100": 8_519_680, "h100": 33_554_432, "h200": 33_554_432, "b200": 33
 class Point:
     """The most that is held while one op of the program (or its gradient) runs; in the optimizer's phase there is no op.
 
-    module, node: where in the model and in the program. by_kind: bytes, in the order of KINDS.
+    module, node: where in the model and in the program. by_kind: bytes, in the order of KINDS. action: of a pipeline's schedule, "0F3" is
+    the forward of stage 0 for microbatch 3; "" before the first and without stages.
     """
 
     phase: Phase
     module: str
     node: str
     by_kind: tuple[int, ...]
+    action: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -58,6 +61,12 @@ class Point:
         """Bytes by kind."""
         return dict(zip(KINDS, self.by_kind, strict=True))
 
+    @property
+    def where(self) -> str:
+        """`backward 1B0, head_linear in head`."""
+        phase = f"{self.phase} {self.action}".strip()
+        return f"{phase}, {self.node or 'step'}" + (f" in {self.module}" if self.module else "")
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -65,7 +74,8 @@ class Memory:
 
     peak_bytes: most that is allocated at once (torch.cuda.max_memory_allocated on a GPU). margin_bytes: what the GPU's caching
     allocator holds beyond that at its own peak, for fragmentation and rounding of segments; 0 on the CPU. curve: in the order of
-    the step. at_peak: bytes by kind; at_peak_by_module: module path -> bytes by kind. notes: what is not counted.
+    the step. at_peak: bytes by kind; at_peak_by_module: module path -> bytes by kind. notes: what is not counted. stage_rank: the
+    rank's place along `pp`, None without pipeline stages.
     """
 
     optimizer: str
@@ -76,11 +86,17 @@ class Memory:
     peak: Point
     at_peak_by_module: Mapping[str, Mapping[str, int]]
     notes: tuple[str, ...] = ()
+    stage_rank: int | None = None
 
     @property
     def reserved_bytes(self) -> int:
         """What the device must have free for this process."""
         return self.peak_bytes + self.margin_bytes
+
+    @property
+    def at(self) -> str:
+        """` at pp=1`; nothing without pipeline stages."""
+        return "" if self.stage_rank is None else f" at {PIPELINE_AXIS}={self.stage_rank}"
 
     @property
     def at_peak(self) -> dict[str, int]:
@@ -92,8 +108,7 @@ class Memory:
 
     def table(self, modules: int = 8) -> Table:
         """Bytes by kind at the peak and in each phase, and the `modules` that hold most at the peak."""
-        where = f"{self.peak.phase}, {self.peak.node or 'step'}" + (f" in {self.peak.module}" if self.peak.module else "")
-        title = f"Memory of a rank, {self.optimizer}: {human_bytes(self.peak_bytes)} at the peak ({where})"
+        title = f"Memory of a rank{self.at}, {self.optimizer}: {human_bytes(self.peak_bytes)} at the peak ({self.peak.where})"
         phases = [phase for phase in PHASES if self.peak_of(phase)]
         table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("")
@@ -113,7 +128,7 @@ class Memory:
         return table
 
     def __repr__(self) -> str:
-        return f"Memory(peak {human_bytes(self.peak_bytes)} in {self.peak.phase}, {self.optimizer}, {self.device})"
+        return f"Memory(peak {human_bytes(self.peak_bytes)} in {self.peak.phase}{self.at}, {self.optimizer}, {self.device})"
 
 
 def device_type_of(hardware: Hardware) -> DeviceType:
@@ -123,14 +138,20 @@ def device_type_of(hardware: Hardware) -> DeviceType:
     return "cpu" if is_cpu else "cuda"
 
 
-def memory_of(program: Program, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType = "cpu", hardware: str = "") -> Memory:
-    """Predict the memory of rank 0 of a finished program.
+def memory_of(
+    program: Program,
+    optimizer: str | MakeOptimizer | None = "adamw",
+    device: DeviceType = "cpu",
+    hardware: str = "",
+    stage_rank: int | None = None,
+) -> Memory:
+    """Predict the memory of rank 0 of a finished program, or of the first rank at `stage_rank` along `pp`.
 
     optimizer: a name of rehearsal.OPTIMIZERS, a function from a list of parameters to a torch optimizer, or None for inference.
     device: whose kernels and whose allocator; hardware: name of the device, for cuBLAS's workspace. Sizes that may change are taken
     at their example. Raises InputError, PlanError.
     """
-    events = rehearse(program, optimizer, device)
+    events = rehearse(program, optimizer, device, stage_rank or 0)
     margin = 0
     if device == "cuda":
         cublas = next((count for name, count in _CUBLAS.items() if name in hardware.lower()), max(_CUBLAS.values()))
@@ -139,7 +160,17 @@ def memory_of(program: Program, optimizer: str | MakeOptimizer | None = "adamw",
         margin = _as_allocated(events)
     curve, peak, by_module = _curve(events)
     name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "optimizer") if optimizer else "inference"
-    return Memory(name, device, peak.total_bytes, max(0, margin - peak.total_bytes), curve, peak, by_module, _notes(program, name, device))
+    notes = _notes(program, name, device)
+    return Memory(name, device, peak.total_bytes, max(0, margin - peak.total_bytes), curve, peak, by_module, notes, stage_rank)
+
+
+def memory_by_rank(
+    program: Program, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType = "cpu", hardware: str = ""
+) -> tuple[Memory, ...]:
+    """Predictions for every place along `pp`; a single one for a program without pipeline stages. Raises as memory_of does."""
+    if program.pipeline is None:
+        return (memory_of(program, optimizer, device, hardware),)
+    return tuple(memory_of(program, optimizer, device, hardware, rank) for rank in range(program.pipeline.mesh.stages))
 
 
 def _as_allocated(events: Sequence[Event]) -> int:
@@ -187,7 +218,8 @@ def _is_at_rest(event: Event) -> bool:
 
 def _point(place: Place, most: tuple[int, ...]) -> Point:
     node = place.node
-    return Point(place.phase, facts(node).source.module if node is not None else "", node.name if node is not None else "", most)
+    module, name = (facts(node).source.module, node.name) if node is not None else ("", "")
+    return Point(place.phase, module, name, most, place.action)
 
 
 def _by_module(blocks: Iterable[Block]) -> dict[str, dict[str, int]]:

@@ -75,7 +75,8 @@ class PipelineTimeline:
     """One predicted step of a pipeline.
 
     busy_s: by rank, seconds of its actions, `once` and `after` among them. in_flight: by rank, for how many microbatches and
-    stages it keeps activations at one time at most, each from its F up to the end of its B or W; peak_bytes: what they take at most.
+    stages it keeps activations at one time at most, each from its F up to the end of its B or W; peak_bytes: what they take at most,
+    without the buffers of messages and what an action takes while it runs (plan.memory counts all).
     """
 
     total_s: float

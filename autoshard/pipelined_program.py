@@ -8,7 +8,7 @@ of a model without stages, accumulation over several calls included.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from autoshard.ops.row import TensorInfo
 from autoshard.pipeline import Pipeline
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.placements import local_shape
-from autoshard.plan import Plan
 from autoshard.program import Facts, Program, facts, producer
 from autoshard.runtime.microbatches import joined, of_microbatch
 from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine
@@ -30,6 +29,9 @@ from autoshard.runtime.stage_program import StageProgram, add_tied, tied_groups
 from autoshard.stage_simulator import parameters_of
 from autoshard.stages import given_to_forward, given_to_prepare
 from autoshard.torch_internals import local_of, pytree
+
+if TYPE_CHECKING:
+    from autoshard.plan import Plan
 
 
 class PipelinedProgram:
@@ -47,25 +49,20 @@ class PipelinedProgram:
         compiled: Mapping[str, Any] | None = None,
     ) -> None:
         """everyone: all ranks of the mesh. compiled: options of torch.compile for forward of every stage; None: run it as it is."""
-        assert plan.program.pipeline is not None
-        self.plan, self.slots, self.device, self.seed, self.group = plan, slots, device, seed, group
-        self.pipeline: Pipeline = plan.program.pipeline
-        self.rank = dist.get_rank(group)
-        self.leaves: dict[str, Tensor] = {}
-        self.inputs: Mapping[str, Tensor] = {}
-        self.is_checked = False
+        self._begin(plan.program, dist.get_rank(group), slots, device, seed)
+        self.plan, self.group, self.is_checked = plan, group, False
         self.sizes: dict[tuple, dict[str, int]] = {}
         self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
-        constants = {name: value.to(device) for name, value in plan.program.constants.items()}
+        read = {facts(node).name for k in self.mine for node in plan.program.stages[k].nodes("buffer")}
+        constants = {name: value.to(device) for name, value in plan.program.constants.items() if name in read}
 
         def tensor(name: str) -> Tensor:
-            return constants[name] if name in constants else self.leaves[name] if name in self.leaves else local_of(slots(name))
+            return constants[name] if name in constants else self.read(name)
 
-        mine = [number for number, rank in enumerate(self.pipeline.stage_ranks) if rank == self.rank]
-        self.stages = [
-            _stage(k, (part := plan.program.stages[k]), load_text(part.source, f"{plan.model_name} stage {k}", axes, tensor, device, seed))
-            for k in mine
-        ]
+        def load(number: int, text: str) -> Any:
+            return load_text(text, f"{plan.model_name} stage {number}", axes, tensor, device, seed)
+
+        self._load(load)
         if compiled is not None:
             if any(action.kind in "IW" for own in self.pipeline.schedule for action in own):
                 raise PlanError(
@@ -75,17 +72,35 @@ class PipelinedProgram:
                 stage.code.forward = torch.compile(stage.code.forward, **compiled)
         held = parameters_of(plan.program)
         self.repeated = [n for n, stages in held.items() if self.rank in self._ranks(stages) and self.rank != min(self._ranks(stages))]
-        self.held = [name for name, stages in held.items() if set(stages) & set(mine)]
         self.tied = tied_groups(held, self.pipeline.stage_ranks, group)
         parts = [self._engine_stage(stage) for stage in self.stages]
         self.engine = PipelineEngine(parts, self.pipeline.stage_ranks, self.pipeline.microbatches, group, device, everyone)
+
+    def _begin(self, program: Program, rank: int, slots: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int]) -> None:
+        """What needs no other rank. rank: along `pp`."""
+        assert program.pipeline is not None
+        self.program, self.rank, self.slots, self.device, self.seed = program, rank, slots, device, seed
+        self.pipeline: Pipeline = program.pipeline
         self.last = self.pipeline.stage_ranks[-1]
+        self.mine = [number for number, at in enumerate(self.pipeline.stage_ranks) if at == rank]
+        self.held = [name for name, stages in parameters_of(program).items() if set(stages) & set(self.mine)]
+        self.leaves: dict[str, Tensor] = {}
+        self.inputs: Mapping[str, Tensor] = {}
+
+    def _load(self, load: Callable[[int, str], Any]) -> None:
+        """load: from the number of a stage and its text to an instance of what that defines."""
+        parts = [(number, self.program.stages[number]) for number in self.mine]
+        self.stages = [_stage(number, part, load(number, part.source)) for number, part in parts]
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer as stages read it: in a training step the leaf that stands for it."""
+        return self.leaves[name] if name in self.leaves else local_of(self.slots(name))
 
     def _ranks(self, stages: Sequence[int]) -> tuple[int, ...]:
         return tuple(sorted({self.pipeline.stage_ranks[stage] for stage in stages}))
 
     def _engine_stage(self, stage: StageProgram) -> EngineStage:
-        program = self.plan.program.stages[stage.number]
+        program = self.program.stages[stage.number]
         received = tuple(self._example(facts(node)) for node in program.nodes("received"))
         results = [node for node in program.output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
         sent = tuple(self._example(facts(producer(node)[0]), producer(node)[1]) for node in results)
@@ -97,16 +112,16 @@ class PipelinedProgram:
 
     def _example(self, known: Facts, index: int = 0) -> Tensor:
         value: TensorInfo = known.values[index]
-        shape = local_shape(value.shape, known.layouts[index], self.plan.mesh.shape)
+        shape = local_shape(value.shape, known.layouts[index], self.program.mesh.shape)
         return torch.empty(tuple(shape or ()), dtype=value.dtype, device="meta", requires_grad=value.needs_grad)
 
     # ------------------------------------------------------------------------------------------------------ one call
 
     def __call__(self, leaves: list[Any], *_: Any) -> Any:
-        named = zip(self.plan.program.flat_inputs, leaves, strict=True)
+        named = zip(self.program.flat_inputs, leaves, strict=True)
         self.inputs = {name: leaf for name, leaf in named if name is not None}
         try:
-            trains = torch.is_grad_enabled() and self.plan.program.is_training
+            trains = torch.is_grad_enabled() and self.program.is_training
             needing = [name for name, leaf in self.inputs.items() if trains and leaf.requires_grad]
             if needing:
                 raise PlanError(f"the argument {needing[0]} needs a gradient, which pipeline stages do not give; pass it detached")
@@ -118,7 +133,7 @@ class PipelinedProgram:
 
     def measure(self, leaves: list[Any]) -> list[PipelineEvent]:
         """What every rank of `pp` runs when in one training step, whose gradients nobody gets."""
-        named = zip(self.plan.program.flat_inputs, leaves, strict=True)
+        named = zip(self.program.flat_inputs, leaves, strict=True)
         self.inputs = {name: leaf for name, leaf in named if name is not None}
         if self.pipeline.loss is None:
             raise PlanError(_NO_LOSS)
@@ -154,7 +169,7 @@ class PipelinedProgram:
         gradients = [(trained[name], leaf.grad) for name, leaf in self.leaves.items() if leaf.grad is not None]
         values = self._everywhere(results, [self.pipeline.loss])
         loss = values[self.pipeline.loss]
-        for k, node in enumerate(self.plan.program.output.args[0]):  # type: ignore[arg-type]
+        for k, node in enumerate(self.program.output.args[0]):  # type: ignore[arg-type]
             if isinstance(node, fx.Node) and k != self.pipeline.loss and facts(producer(node)[0]).needs_grad:
                 values[k] = _Apart.apply(values[k].detach().requires_grad_()) if values[k].is_floating_point() else values[k]
         values[self.pipeline.loss] = _Loss.apply(loss.detach().requires_grad_(), _Gradients(gradients, self.group))
@@ -175,25 +190,28 @@ class PipelinedProgram:
 
     def _tensor_number(self, result: int) -> int:
         """The number of a result among those that are tensors."""
-        nodes = list(self.plan.program.output.args[0])  # type: ignore[arg-type]
+        nodes = list(self.program.output.args[0])  # type: ignore[arg-type]
         return sum(isinstance(node, fx.Node) for node in nodes[:result])
 
     def _everywhere(self, results: Sequence[tuple[Tensor, ...]], wanted: Sequence[int]) -> list[Any]:
         """The results of the whole batch; those of `wanted` on every rank, others where the last stage runs and as shapes elsewhere."""
-        nodes = list(self.plan.program.output.args[0])  # type: ignore[arg-type]
+        nodes = list(self.program.output.args[0])  # type: ignore[arg-type]
         constants = [None if isinstance(node, fx.Node) else node for node in nodes]
         if self.rank == self.last:
             filled = [self._filled(constants, nodes, values) for values in results]
             found = joined(self.pipeline, filled)
         else:
             found = [self._shape(node, how) for node, how in zip(nodes, self.pipeline.results, strict=True)]
-        source = dist.get_global_rank(self.group, self.last)
         for k in wanted:
             if isinstance(nodes[k], fx.Node):
                 value = found[k].contiguous() if self.rank == self.last else torch.empty_like(found[k], device=self.device)
-                dist.broadcast(value, source, group=self.group)
+                self._broadcast(value)
                 found[k] = value
         return found
+
+    def _broadcast(self, value: Tensor) -> None:
+        """Give all ranks of `pp` what the last stage's has."""
+        dist.broadcast(value, dist.get_global_rank(self.group, self.last), group=self.group)
 
     @staticmethod
     def _filled(constants: Sequence[Any], nodes: Sequence[Any], values: Sequence[Tensor]) -> list[Any]:
@@ -208,7 +226,7 @@ class PipelinedProgram:
         return torch.cat([example] * count, how) if isinstance(how, int) else example
 
     def _returned(self, values: Sequence[Any]) -> Any:
-        return pytree.tree_unflatten(list(values), self.plan.program.out_spec)
+        return pytree.tree_unflatten(list(values), self.program.out_spec)
 
     def forget_constants(self) -> None:
         for stage in self.stages:

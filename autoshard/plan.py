@@ -19,7 +19,7 @@ from autoshard.costs import CostModel
 from autoshard.errors import AutoshardError, PlanError
 from autoshard.hardware import Hardware
 from autoshard.instantiation import check_sizes, leaf_marks, sizes_of
-from autoshard.memory import Memory, device_type_of, memory_of
+from autoshard.memory import Memory, device_type_of, memory_by_rank, memory_of
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.pipeline_file import pipeline_body
@@ -142,29 +142,31 @@ class Plan:
 
     def source(self, rank: int = 0) -> str:
         """The program text of `rank`: that of all ranks, or of the pipeline stages that it runs, in order."""
-        mesh, pipeline = self.program.whole_mesh, self.program.pipeline
-        if not 0 <= rank < mesh.size:
-            raise PlanError(f"rank {rank} is not on mesh {mesh}, which has ranks 0 to {mesh.size - 1}")
+        here, pipeline = self._place(rank), self.program.pipeline
         if pipeline is None:
             return self.program.source
-        here = mesh.coordinates()[rank][mesh.index(PIPELINE_AXIS)]
         own = (stage.source for at, stage in zip(pipeline.stage_ranks, self.program.stages, strict=True) if at == here)
         return "\n\n".join(own)
 
-    def memory(self, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType | None = None) -> Memory:
+    def memory(self, optimizer: str | MakeOptimizer | None = "adamw", device: DeviceType | None = None, rank: int | None = None) -> Memory:
         """Predicted bytes of one rank in one training step: the peak, the curve over the step, and whose the bytes are.
 
         optimizer: "sgd", "sgd_momentum", "adam", "adamw", "adafactor", a function from a list of parameters to a torch optimizer
         (which may set foreach=True, say), or None for inference. device: whose kernels and allocator, "cpu" or "cuda"; by default
-        what the plan's hardware is. Some seconds for a model of thousands of ops. Raises InputError, PlanError; plans with pipeline
-        stages are not rehearsed.
+        what the plan's hardware is. rank: which one; by default with pipeline stages the rank that needs most, as without them all
+        need the same. Some seconds for a model of thousands of ops, times ranks of `pp` and microbatches. Raises InputError, PlanError.
         """
-        if self.program.pipeline is not None:
-            raise PlanError(
-                "memory is rehearsed for plans without pipeline stages alone; plan.explain() says what the search counts of the rank that "
-                "keeps most, plan.timeline().peak_bytes what each rank keeps for backward"
-            )
-        return memory_of(self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name)
+        given = self.program, optimizer, device or device_type_of(self.hardware), self.hardware.device.name
+        if rank is None:
+            return max(memory_by_rank(*given), key=lambda memory: memory.reserved_bytes)
+        return memory_of(*given, self._place(rank))
+
+    def _place(self, rank: int) -> int | None:
+        """The place of a rank of the mesh along `pp`; None without pipeline stages. Raises PlanError for no such rank."""
+        mesh = self.program.whole_mesh
+        if not 0 <= rank < mesh.size:
+            raise PlanError(f"rank {rank} is not on mesh {mesh}, which has ranks 0 to {mesh.size - 1}")
+        return None if self.program.pipeline is None else mesh.coordinates()[rank][mesh.index(PIPELINE_AXIS)]
 
     def graph(self, level: str = "modules") -> Picture:
         """The partitioned graph as a graphviz.Digraph, with a tooltip on every node.

@@ -22,6 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 import autoshard
+from autoshard.loaded_program import LoadedProgram
+from autoshard.pipelined_program import PipelinedProgram
+from autoshard.program import facts
 from autoshard.rehearsal import loss_of
 
 
@@ -65,6 +68,15 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in local if x.numel()}.values())
 
 
+def constants_of(ready: LoadedProgram | PipelinedProgram) -> list[Tensor]:
+    """What the programs of this rank compute once, and what the plan has computed that they read."""
+    codes = [stage.code for stage in ready.stages] if isinstance(ready, PipelinedProgram) else [ready.program]
+    parts = [ready.plan.program.stages[k] for k in ready.mine] if isinstance(ready, PipelinedProgram) else [ready.plan.program]
+    read = {facts(node).name for part in parts for node in part.nodes("buffer")}
+    found = [x for name, x in ready.plan.program.constants.items() if name in read]
+    return found + [x for code in codes for x in (code._constants or {}).values()]
+
+
 def measure_step(
     model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], make: Callable[[list[Tensor]], torch.optim.Optimizer]
 ) -> Measured:
@@ -86,9 +98,7 @@ def measure_step(
     for _ in range(2):
         step()
     state = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
-    programs = [ready.program for ready in model._state.ready.values()]
-    constants = [x for program in programs for x in (program._constants or {}).values()]
-    constants += [x for ready in model._state.ready.values() for x in ready.plan.program.constants.values()]
+    constants = [x for ready in model._state.ready.values() for x in constants_of(ready)]
     rest = storage_bytes([*model.parameters(), *model.buffers(), *state, *constants, *leaves])
     now = peak = 0
     for change in allocations(step):

@@ -117,9 +117,7 @@ def test_other_layouts_are_priced_with_their_stages(plan: autoshard.Plan) -> Non
     assert answer.diff is None or answer.diff.before_s == plan.timeline().total_s
 
 
-def test_what_is_not_predicted_is_refused(plan: autoshard.Plan) -> None:
-    with pytest.raises(PlanError, match=r"memory is rehearsed for plans without pipeline stages alone; plan\.explain\(\) says"):
-        plan.memory()
+def test_graphs_are_drawn(plan: autoshard.Plan) -> None:
     assert "digraph" in plan.graph().source
     assert "digraph" in plan.graph("ops").source
 

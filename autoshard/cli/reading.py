@@ -51,6 +51,7 @@ def run_show(asked: argparse.Namespace, screen: Screen) -> int:
         with screen.working("predict memory"):
             memory = plan.memory("adamw" if plan.program.is_training else None)
         data["memory"] = {"peak_bytes": memory.peak_bytes, "reserved_bytes": memory.reserved_bytes, "at_peak": memory.at_peak}
+        data["memory"] |= {"stage_rank": memory.stage_rank} if memory.stage_rank is not None else {}
         shown.append(memory.table())
     if asked.graph:
         with screen.working("draw the graph"):

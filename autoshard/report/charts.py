@@ -146,7 +146,9 @@ def memory_chart(curve: Sequence[Point], limits: Mapping[str, float]) -> Markup:
             back = [f"{_LEFT + step * n:.1f} {y(size):.1f}" for n, size in reversed(list(enumerate(below)))]
             parts.append(Markup(f'<path d="M{"L".join([*edge, *back])}z" class="kind-{k}"><title>{kind}</title></path>'))
             below = above
-    parts += _phase_marks([point.phase for point in points], step, height)
+    has_actions = any(point.action for point in points)
+    marks = _action_marks if has_actions else _phase_marks
+    parts += marks([point.action or point.phase for point in points], step, height)
     for name, limit in shown.items():
         parts += [_line(_LEFT, y(limit), _WIDTH, y(limit), "limit"), _text(_WIDTH, y(limit) - 4, name, "end", "limit-name")]
     return _svg(height + 22, f"Memory of a rank over one step, at most {human_bytes(peak)}", *parts)
@@ -171,6 +173,19 @@ def _phase_marks(phases: Sequence[str], step: float, height: float) -> list[Mark
         is_last = place > _WIDTH - 60
         marks.append(_text(_WIDTH if is_last else place + 3, height + 16, phases[k], "end" if is_last else "start", "axis"))
         free = place + 70
+    return marks
+
+
+def _action_marks(actions: Sequence[str], step: float, height: float) -> list[Markup]:
+    """Where actions of a pipeline begin, with the names of those that have room."""
+    marks: list[Markup] = []
+    free = 0.0
+    for k in (k for k, action in enumerate(actions) if k == 0 or actions[k - 1] != action):
+        x, width = _LEFT + step * k, 8.0 * len(actions[k]) + 6
+        marks.append(_line(x, 0, x, height, "phase-start"))
+        if x >= free and x + width <= _WIDTH:
+            marks.append(_text(x + 3, height + 16, actions[k], "start", "axis"))
+            free = x + width
     return marks
 
 

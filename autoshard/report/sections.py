@@ -6,7 +6,7 @@ To add one: write the function (here, or in a file of its own) and put a row int
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from autoshard.cost_report import CostRow, source_of_value
 from autoshard.costs import CostModel
 from autoshard.errors import PlanError
 from autoshard.explanation import nodes_of_rows, reason_of, why_sent
+from autoshard.memory import Memory
 from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.placements import format_layout, local_shape
 from autoshard.plan_diff import value_texts
@@ -255,24 +256,53 @@ def timeline(subject: Subject) -> Markup:
 
 
 def memory(subject: Subject) -> Markup:
-    """Bytes over the step, against what the device has and what was allowed."""
+    """Bytes over the step, against what the device has and what was allowed; with pipeline stages of every rank along `pp`."""
     device = subject.plan.hardware.device
     limits = {f"the memory of {device.name}, {human_bytes(device.memory_bytes)}": device.memory_bytes}
     if subject.budget_bytes is not None:
         limits[f"the budget, {human_bytes(subject.budget_bytes)}"] = subject.budget_bytes
     try:
-        found = subject.memory
+        every = subject.memories
     except PlanError as error:
         return paragraph(f"{error}", "note")
-    if found is None:
+    if not every:
         return paragraph(
             "Not computed: plan.report(path, memory=True) runs the step on tensors without memory, which takes seconds.", "note"
         )
-    peak = found.peak
-    where = f"{peak.phase}, {peak.node or 'the step'}" + (f" in {peak.module}" if peak.module else "")
-    words = f"At most {human_bytes(found.peak_bytes)} at once ({where}), with {found.optimizer}"
+    found = max(every, key=lambda one: one.reserved_bytes)
+    words = f"At most {human_bytes(found.peak_bytes)} at once{found.at} ({found.peak.where}), with {found.optimizer}"
     words += f"; with fragmentation {human_bytes(found.reserved_bytes)} reserved." if found.margin_bytes else "."
     against = [f"That is {found.reserved_bytes / limit:.1%} of {name}." for name, limit in limits.items() if limit]
+    drawn = [
+        joined(
+            [
+                element("h3", f"A rank{one.at}") if len(every) > 1 else "",
+                element("div", charts.memory_chart(one.curve, limits), class_="wide"),
+            ]
+        )
+        for one in every
+    ]
+    kinds = charts.memory_legend([point for one in every for point in one.curve])
+    notes = [paragraph(note, "note") for note in found.notes]
+    return joined([*map(paragraph, (words, *against)), _ranks(every, limits), *drawn, kinds, _at_the_peak(found), *notes])
+
+
+def _ranks(every: Sequence[Memory], limits: Mapping[str, float]) -> Markup:
+    """What each rank along `pp` needs, where there are several."""
+    if len(every) < 2:
+        return Markup("")
+    limit = min((limit for limit in limits.values() if limit), default=0.0)
+    rows: list[list[Cell]] = []
+    for one in every:
+        kept = max(point.kinds()["activations"] for point in one.curve)
+        rows.append([one.at.strip().removeprefix("at "), nbytes(one.peak_bytes), one.peak.where, nbytes(one.at_peak["parameters"])])
+        rows[-1] += [nbytes(one.at_peak["optimizer state"]), nbytes(kept), share(one.reserved_bytes, limit) if limit else ""]
+    columns = ("rank", "#at most", "at", "#parameters", "#optimizer state", "#activations at most", "#of what it may take")
+    return table("Memory of ranks", columns, rows)
+
+
+def _at_the_peak(found: Memory) -> Markup:
+    """Whose the bytes are."""
     rows: list[list[Cell]] = [[kind, nbytes(size), share(size, found.peak_bytes)] for kind, size in found.at_peak.items() if size]
     held = sorted(found.at_peak_by_module.items(), key=lambda item: -sum(item[1].values()))
     folded: dict[str, int] = {}
@@ -281,13 +311,10 @@ def memory(subject: Subject) -> Markup:
     owners: list[list[Cell]] = [
         [code(path), nbytes(size), share(size, found.peak_bytes)] for path, size in sorted(folded.items(), key=lambda x: -x[1])
     ]
-    tables = charts.columns(
+    return charts.columns(
         table("At the peak, by kind", ("kind", "#bytes", "#share"), rows),
         table("At the peak, by module", ("module", "#bytes", "#share"), owners),
     )
-    chart = element("div", charts.memory_chart(found.curve, limits), class_="wide")
-    notes = [paragraph(note, "note") for note in found.notes]
-    return joined([*map(paragraph, (words, *against)), chart, charts.memory_legend(found.curve), tables, *notes])
 
 
 def program(subject: Subject) -> Markup:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from autoshard.cost_report import CostReport
 from autoshard.costs import CostModel
 from autoshard.explanation import Explanation
-from autoshard.memory import Memory
+from autoshard.memory import Memory, device_type_of, memory_by_rank
 from autoshard.pipeline_timeline import PipelineTimeline
 from autoshard.timeline import Timeline
 
@@ -39,9 +39,10 @@ class Subject:
         return self.plan.timeline()
 
     @cached_property
-    def memory(self) -> Memory | None:
-        """Predicted memory, where it was asked for: that takes seconds."""
-        return self.plan.memory() if self.has_memory else None
+    def memories(self) -> tuple[Memory, ...]:
+        """Predicted memory of a rank, with pipeline stages of every place along `pp`; () where it was not asked for: it takes seconds."""
+        plan, device = self.plan, self.plan.hardware
+        return memory_by_rank(plan.program, "adamw", device_type_of(device), device.device.name) if self.has_memory else ()
 
     @property
     def costs(self) -> CostModel:
@@ -50,7 +51,8 @@ class Subject:
     @property
     def budget_bytes(self) -> float | None:
         """The memory budget that the plan was made under; files of plans do not hold it."""
-        from autoshard.passes import AnnotateShardings
+        from autoshard.passes import AnnotateShardings, CutStages
 
         passes = self.plan.resolver.passes if self.plan.resolver else ()
-        return next((a_pass.memory_budget_bytes for a_pass in passes if isinstance(a_pass, AnnotateShardings)), None)
+        under = AnnotateShardings if self.plan.program.pipeline is None else CutStages
+        return next((a_pass.memory_budget_bytes for a_pass in passes if isinstance(a_pass, under)), None)

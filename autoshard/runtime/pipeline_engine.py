@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,14 +55,24 @@ class PipelineEngine:
     ) -> None:
         """everyone: the ranks that must learn of a failure, `group` and others that run the same pipeline on other data."""
         check_library()
-        self._group, self._stage_ranks, self._microbatches = group, tuple(stage_ranks), microbatches
-        self._everyone = everyone or group
+        self._group, self._everyone = group, everyone or group
+        _raise_disagreements(stages, tuple(stage_ranks), microbatches, group)
+        here = torch.empty(0, device=device).device  # with its index
+        self._begin(stages, stage_ranks, microbatches, here, lambda stage, step: Stage(stage, stage_ranks, step, group, here))
+
+    def _begin(
+        self,
+        stages: Sequence[EngineStage],
+        stage_ranks: Sequence[int],
+        microbatches: int,
+        device: torch.device,
+        make: Callable[[EngineStage, Step], Stage],
+    ) -> None:
+        """What needs no other rank."""
+        self._stage_ranks, self._microbatches, self._device = tuple(stage_ranks), microbatches, device
         self._failed: Exception | None = None
-        self._device = torch.empty(0, device=device).device  # with its index
-        _raise_disagreements(stages, self._stage_ranks, microbatches, group)
         self._step = Step()
-        ordered = sorted(stages, key=lambda stage: stage.index)
-        self._stages = [Stage(stage, self._stage_ranks, self._step, group, self._device) for stage in ordered]
+        self._stages = [make(stage, self._step) for stage in sorted(stages, key=lambda stage: stage.index)]
         self._forwards = _Runtime(self._stages, microbatches, _forward_actions(self._stage_ranks, microbatches))
         self._training: tuple[Schedule, _Runtime, bool] | None = None
         self._lost = ""

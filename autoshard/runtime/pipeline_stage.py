@@ -117,7 +117,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _empty(layout: Tensor, device: torch.device) -> Tensor:
+def empty(layout: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(layout.shape, layout.stride(), dtype=layout.dtype, device=device)
 
 
@@ -142,7 +142,12 @@ class Stage(PipelineStage):
 
     def __init__(self, plan: EngineStage, stage_ranks: Sequence[int], step: Step, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(nn.Module(), plan.index, len(stage_ranks), device, group=group)
-        self._plan, self._ranks, self._step, self._group = plan, tuple(stage_ranks), step, group
+        self._group = group
+        self._begin(plan, stage_ranks, step)
+
+    def _begin(self, plan: EngineStage, stage_ranks: Sequence[int], step: Step) -> None:
+        """What this class keeps beside the library's stage."""
+        self._plan, self._ranks, self._step = plan, tuple(stage_ranks), step
         self._received = tuple(torch.empty_like(meta) for meta in plan.received)  # dense, as they travel
         self._sent = tuple(torch.empty_like(meta) for meta in plan.sent)
         self._arriving: dict[tuple[str, int], Transfer] = {}
@@ -197,7 +202,7 @@ class Stage(PipelineStage):
         return self._ranks[stage] == self.group_rank
 
     def _receive(self, layouts: Values, stage: int, kind: str, microbatch: int) -> Transfer:
-        buffers = tuple(_empty(layout, self.device) for layout in layouts)
+        buffers = tuple(empty(layout, self.device) for layout in layouts)
         post = functools.partial(dist.irecv, group=self._group, group_src=self._ranks[stage])
         return Transfer(post, buffers, functools.partial(self._what, "waited for", kind, microbatch, "from", stage))
 
@@ -213,10 +218,10 @@ class Stage(PipelineStage):
     def _dense(self, value: Tensor | None, layout: Tensor) -> Tensor:
         """A value as it travels; None is a gradient that nothing contributed to."""
         if value is None:
-            return _empty(layout, self.device).zero_()
+            return empty(layout, self.device).zero_()
         if value.device == self.device and value.stride() == layout.stride():
             return value
-        return _empty(layout, self.device).copy_(value)
+        return empty(layout, self.device).copy_(value)
 
     # ------------------------------------------------------------------------------------------------------- compute
 
@@ -225,7 +230,7 @@ class Stage(PipelineStage):
         values = self._inputs.pop(fwd_chunk_id, ()) if arriving is None else arriving.wait()
         outputs = self._attempt("F", fwd_chunk_id, lambda: self._forward(values, fwd_chunk_id))
         if outputs is None:
-            outputs = tuple(_empty(layout, self.device).zero_() for layout in self._sent)
+            outputs = tuple(empty(layout, self.device).zero_() for layout in self._sent)
         if self.is_last:
             self._step.results[fwd_chunk_id] = outputs
         elif not self._is_here(self.stage_index + 1):

@@ -30,14 +30,14 @@ class StageProgram:
     received: tuple[str, ...]
     takes: tuple[str, ...]
     wants: tuple[str, ...]
-    _made: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what `prepare` made, and the copy that microbatches read
+    made: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what `prepare` made, and the copy that microbatches read
 
     def prepare(self, given: Mapping[str, Tensor], seed: Callable[[], int]) -> None:
         """Compute what no microbatch changes. given: whole arguments by name."""
         self.code.seed = seed
         made = self.code.prepare(*(given[name] for name in self.wants)) if hasattr(self.code, "prepare") else {}
         copies = {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
-        self._made = [(made[name], copy) for name, copy in copies.items() if copy.requires_grad]
+        self.made = [(made[name], copy) for name, copy in copies.items() if copy.requires_grad]
         self.code.prepared = copies
 
     def forward(self, values: Sequence[Tensor], given: Mapping[str, Tensor], number: int, seed: Callable[[], int]) -> tuple[Tensor, ...]:
@@ -49,9 +49,9 @@ class StageProgram:
 
     def reduce(self) -> None:
         """Backward through what was prepared, once for all microbatches."""
-        reached = [(value, copy.grad) for value, copy in self._made if copy.grad is not None]
+        reached = [(value, copy.grad) for value, copy in self.made if copy.grad is not None]
         torch.autograd.backward([value for value, _ in reached], [grad for _, grad in reached])
-        self._made, self.code.prepared = [], {}
+        self.made, self.code.prepared = [], {}
 
 
 def tied_groups(held: Mapping[str, Sequence[int]], stage_ranks: Sequence[int], group: dist.ProcessGroup) -> dict[str, dist.ProcessGroup]:

@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "docs/benchmarks"
 
 
-def heading(title: str, script: str) -> list[str]:
+def heading(title: str, script: str, is_of_bench: bool = True) -> list[str]:
+    """is_of_bench: whether `make bench` runs the script."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     made = f"{date.today().isoformat()}; autoshard {version}, torch {torch.__version__}, Python {platform.python_version()}"
-    return [f"# {title}", "", f"{made}, {platform.machine()}.", f"Written by `make bench` ({script}).", ""]
+    by = f"`make bench` ({script})" if is_of_bench else f"`python {script}`"
+    return [f"# {title}", "", f"{made}, {platform.machine()}.", f"Written by {by}.", ""]
 
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:

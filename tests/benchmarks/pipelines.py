@@ -30,8 +30,8 @@ from processes import run_on_ranks  # noqa: E402
 
 import autoshard  # noqa: E402
 from autoshard.list_scheduling import list_schedule  # noqa: E402
-from autoshard.pipeline_engine import EngineStage, PipelineEngine  # noqa: E402
 from autoshard.pipeline_timeline import PipelineEvent, StageCosts, simulate  # noqa: E402
+from autoshard.runtime.pipeline_engine import EngineStage, PipelineEngine  # noqa: E402
 from autoshard.schedules import SPLITS_BACKWARD, Schedule, ScheduleName, make_schedule, ranks_of, stage_ranks  # noqa: E402
 from autoshard.text import human_seconds  # noqa: E402
 
