@@ -98,7 +98,8 @@ def report(rows: Sequence[Row]) -> str:
     lines = [
         *heading("Predicted and measured memory of pipelines", "tests/benchmarks/stage_memory.py", is_of_bench=False),
         f"Peak bytes of a rank in one training step of {MICROBATCHES} microbatches: `plan.memory(optimizer, rank=...)` against",
-        "what torch's CPU allocator reports on gloo processes, each of which runs its own stages. Of ranks at one place along `pp` the first is shown.",
+        "what torch's CPU allocator reports on gloo processes, each of which runs its own stages. Of ranks at one place along `pp` the",
+        "first is shown.",
         "",
         f"{len(rows)} ranks of {len({row[:4] for row in rows})} plans: error {statistics.median(errors):.2%} in the median, "
         f"{errors[-1]:.2%} at most; {exact} are exact to the byte.",
