@@ -216,7 +216,8 @@ class StageWorker(Worker):
             stage = stage_program.StageProgram(number, code, received, self._names(code.forward), wants)
             results = [name for name in self.returned if name is not None]
             sent = results if number == len(ranks) - 1 else list(everyone[number + 1].RECEIVED)
-            parts.append(pipeline_engine.EngineStage(number, self._forward(stage), self._metas(received), self._metas(sent)))
+            metas = self._metas(received), self._metas(sent)
+            parts.append(pipeline_engine.EngineStage(number, self._forward(stage), *metas, program.SPLITS_BACKWARD))
             self.stages.append(stage)
         count = self.pipeline["microbatches"]
         self.engine = pipeline_engine.PipelineEngine(parts, ranks, count, self.group, self.device)

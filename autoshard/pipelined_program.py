@@ -108,7 +108,7 @@ class PipelinedProgram:
         def forward(values: tuple[Tensor, ...], number: int) -> tuple[Tensor, ...]:
             return stage.forward(values, of_microbatch(self.pipeline, self.inputs, number, self.device), number, self.seed)
 
-        return EngineStage(stage.number, forward, received, sent)
+        return EngineStage(stage.number, forward, received, sent, stage.code.SPLITS_BACKWARD)
 
     def _example(self, known: Facts, index: int = 0) -> Tensor:
         value: TensorInfo = known.values[index]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from autoshard.backward_halves import can_split, wholes
 from autoshard.chain import stage_costs
 from autoshard.collectives import axis_links
 from autoshard.costs import CostModel
@@ -80,6 +81,7 @@ class CutStages:
         program.stages = stage_programs(program)
         if not self.fixed:
             _compare(program, placed, link, result)
+        _price_whole_backwards(program)
         return program
 
     def _best(self, program: Program, placed: PlacedChain, link: Link) -> tuple[str, Schedule, tuple[int, ...], Cut]:
@@ -173,6 +175,25 @@ class CutStages:
         costs = tuple(stage_costs(placed.chain, a, b, link)[0] for a, b in itertools.pairwise(bounds))
         timeline = simulate(schedule, costs, lies, link.latency_s)
         return plain, schedule, lies, Cut(tuple(starts), costs, timeline.total_s, 0.0, ())
+
+
+def _price_whole_backwards(program: Program) -> None:
+    """Where the schedule splits backward: stages that cannot run theirs in halves run it whole. Raises PlanError where none can."""
+    pipeline, reasons = program.pipeline, wholes(program)
+    assert pipeline is not None
+    told = [f"stage {number}: {reason}" for number, reason in enumerate(reasons) if reason]
+    if not told:
+        return
+    if not any(map(can_split, program.stages)):
+        raise PlanError(
+            f"schedule {pipeline.name!r} runs backward in two halves, which no stage of this model can: {'; '.join(told)}. Ask for "
+            "another, such as '1f1b' or 'interleaved_1f1b'"
+        )
+    priced = zip(pipeline.costs, reasons, strict=True)
+    costs = tuple(replace(cost, backward_input_s=cost.backward_s) if reason else cost for cost, reason in priced)
+    program.pipeline = replace(pipeline, costs=costs)
+    program.stats["pipeline_s"] = simulate(pipeline.schedule, costs, pipeline.stage_ranks, pipeline.latency_s).total_s
+    program.note(f"backward is not split in two halves in {len(told)} of {len(reasons)} stages ({'; '.join(told[:3])})")
 
 
 def _examples(placed: PlacedChain) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from autoshard.autocast import Autocast, State
+from autoshard.backward_halves import wholes
 from autoshard.branches import SIDES, cond_of, number_of
 from autoshard.conversions import BY_NAME, COMMUNICATES, PADDING, STARTS, WAIT
 from autoshard.instantiation import multiple_of
@@ -46,23 +47,31 @@ class EmitPrograms:
     record_modules: bool = False
 
     def __call__(self, program: Program) -> Program:
-        for number, stage in enumerate(program.stages):
+        for number, (stage, reason) in enumerate(zip(program.stages, wholes(program), strict=True)):
             stage.passes = program.passes
-            self._write(stage, f"Stage {number} of {len(program.stages)} of {self.name}")
+            self._write(stage, f"Stage {number} of {len(program.stages)} of {self.name}", reason)
         if program.stages:
             program.source = "\n\n".join(stage.source for stage in program.stages)
         else:
             self._write(program, self.name)
         return program
 
-    def _write(self, program: Program, name: str) -> None:
+    def _write(self, program: Program, name: str, is_whole_because: str = "") -> None:
         body = [*_constants(program), *_prepare(program), *_bind_sizes(program, _forward(program, self.record_modules))]
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         used |= {"gathers_again"} if repeats_gathers(program) else set()
         imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
-            [*_header(program, name), "import torch", f"from autoshard_runtime import {names}", "", *_tables(program), *body, ""]
+            [
+                *_header(program, name),
+                "import torch",
+                f"from autoshard_runtime import {names}",
+                "",
+                *_tables(program, is_whole_because),
+                *body,
+                "",
+            ]
         )
 
 
@@ -102,7 +111,7 @@ def _argument(program: Program, name: str) -> str:
     return next(node.name for node in program.nodes("input") if facts(node).name == name)
 
 
-def _tables(program: Program) -> list[str]:
+def _tables(program: Program, is_whole_because: str) -> list[str]:
     def table(title: str, *roles: Any) -> list[str]:
         def row(n: Facts) -> str:
             shape, layout = [*map(int, n.value.shape)], format_layout(n.layout, program.mesh)  # sizes that may change: the example's
@@ -118,6 +127,7 @@ def _tables(program: Program) -> list[str]:
         "",
         "class Rank(Program):",
         f"    MESH = {{{axes}}}",
+        *([f"    SPLITS_BACKWARD = False  # {is_whole_because}"] if is_whole_because else []),
         *table("PARAMETERS", "parameter"),
         *table("BUFFERS", "buffer"),
         *(table("RECEIVED", "received") if any(True for _ in program.nodes("received")) else []),
@@ -184,7 +194,7 @@ def _forward(program: Program, records: bool) -> list[str]:
     for node in given_to_forward(program):
         if facts(node).role == "input" and _is_padded(program, node):
             text.compute(node)
-    text.add_all(list(program.nodes()))
+    text.add_all([node for node in program.nodes() if not facts(node).is_prepared])
     text.enter(())
     return [*lines, f"        return {_value(program.output.args[0])}"]
 

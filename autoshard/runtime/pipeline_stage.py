@@ -45,6 +45,7 @@ class EngineStage:
     forward: Callable[[Values, int], Values]
     received: Values
     sent: Values
+    splits: bool = True
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class Stage(PipelineStage):
         grads = self._arrived_grads(bwd_chunk_id)
         tape = self._tapes.pop(bwd_chunk_id, _Tape((), []))
         tape.grads = grads or tape.grads
-        run = self._backward if full_backward else self._backward_of_inputs
+        run = self._backward if full_backward or not self._plan.splits else self._backward_of_inputs
         found = self._attempt("B" if full_backward else "I", bwd_chunk_id, lambda: run(tape, bwd_chunk_id))
         self._input_grads[bwd_chunk_id] = (None,) * len(self._received) if found is None else found
 
@@ -300,7 +301,7 @@ class Stage(PipelineStage):
         """Where backward starts: the edge alone, so that a value may be freed before its gradient comes."""
         if not output.requires_grad:
             return None
-        return _Root.apply(output) if self._step.splits else get_gradient_edge(output)
+        return _Root.apply(output) if self._step.splits and self._plan.splits else get_gradient_edge(output)
 
     def _arrived_grads(self, microbatch: int) -> tuple[Tensor | None, ...]:
         """Gradients of what the stage passed on, in that order; () at the last stage."""

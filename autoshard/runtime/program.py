@@ -39,6 +39,8 @@ class Program:
     numbers, ranks that hold different pieces draw different ones.
     """
 
+    SPLITS_BACKWARD = True  # of a pipeline stage: whether its backward may run in two halves; overridden where not
+
     def __init__(
         self, axes: Sequence[Axis], tensor: Callable[[str], Tensor], device: torch.device, seed: Callable[[], int] = lambda: 0
     ) -> None:
