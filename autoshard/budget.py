@@ -110,11 +110,11 @@ def _too_small(space: BudgetSpace, problem: Problem, budget_bytes: float, least_
         except InfeasibleError as error:
             enough = 1.02 * max(enough, error.least_bytes or 0.0)
     else:
-        return f"no plan on {space.program.mesh} fits: budget of {budget_bytes:,.0f} bytes; use more ranks on the axes that split"
+        return f"no plan on {space.program.mesh.whole} fits: budget of {budget_bytes:,.0f} bytes; use more ranks on the axes that split"
     enough += space.fixed_bytes()
     held = _resting(space, problem, lean.choices)
     return (
-        f"no plan on {space.program.mesh} fits: budget of {budget_bytes:,.0f} bytes, least reachable is {enough:,.0f} bytes "
+        f"no plan on {space.program.mesh.whole} fits: budget of {budget_bytes:,.0f} bytes, least reachable is {enough:,.0f} bytes "
         f"({human_bytes(held)} of parameters, gradients and optimizer state), at a predicted step of "
         f"{human_seconds(lean.objective_s)}; use more ranks on the axes that split, or a larger budget"
     )

@@ -42,7 +42,7 @@ from autoshard.conversions import (
 from autoshard.equations import Equation, divides, strategies
 from autoshard.errors import PlacementError
 from autoshard.ops.row import Rule, is_differentiable
-from autoshard.placements import I, Layout, P, Placement, R, format_layout, local_shape, padded_axes
+from autoshard.placements import I, Layout, P, Placement, R, local_shape, padded_axes, shown_layout
 from autoshard.program import (
     Facts,
     Program,
@@ -75,7 +75,7 @@ def check(program: Program) -> None:
     faults += [*_region_faults(program), *branch_faults(program), *stage_faults(program)]
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise PlacementError(f"the program on {program.mesh} does not type-check:\n  {shown}")
+        raise PlacementError(f"the program on {program.mesh.whole} does not type-check:\n  {shown}")
 
 
 def _everything_read(node: fx.Node) -> object | None:
@@ -118,10 +118,10 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
         return
     for value, layout in zip(known.values, known.layouts, strict=True):
         if local_shape(value.shape, layout, program.mesh.shape) is None:
-            yield f"shape {value.shape} does not divide as {format_layout(layout, program.mesh)}"
+            yield f"shape {value.shape} does not divide as {shown_layout(layout, program.mesh)}"
             return
         if not value.needs_grad and layout != without_gradient(layout):
-            yield f"{format_layout(layout, program.mesh)} of a value without gradient; I is written R there"
+            yield f"{shown_layout(layout, program.mesh)} of a value without gradient; I is written R there"
     depends = known.role in ("parameter", "input") or not all(facts(operand).is_constant for operand in node.all_input_nodes)
     if known.is_constant and depends:
         yield "is called constant, and depends on a parameter or input"
@@ -141,7 +141,7 @@ def faults_of(program: Program, node: fx.Node) -> Iterator[str]:
 
 def _leaving_faults(program: Program, operand: fx.Node) -> Iterator[str]:
     layout, whole = facts(operand).layout, I if facts(operand).needs_grad else R
-    text = f"{operand.name} leaves the program as {format_layout(layout, program.mesh)}"
+    text = f"{operand.name} leaves the program as {shown_layout(layout, program.mesh)}"
     if any(not (p.is_split or p == whole) for p in layout):
         yield f"{text}; only whole (I) or split values may"
     if program.leaves_whole and any(p.is_split for p in layout):
@@ -160,9 +160,9 @@ def _placeholder_faults(program: Program, node: fx.Node, known: Facts) -> Iterat
             yield "writes a buffer with a value that is not whole on every rank"
         return
     if any(placement == P or (placement == R and known.needs_grad) for placement in known.layout):
-        yield f"enters as {format_layout(known.layout, program.mesh)}; parameters and inputs are whole (I) or split"
+        yield f"enters as {shown_layout(known.layout, program.mesh)}; parameters and inputs are whole (I) or split"
     if known.role == "parameter" and not is_storable(known.layout):
-        yield f"{format_layout(known.layout, program.mesh)} cannot be stored as a DTensor"
+        yield f"{shown_layout(known.layout, program.mesh)} cannot be stored as a DTensor"
 
 
 def _projection_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]:
@@ -223,11 +223,11 @@ def _conversion_faults(program: Program, node: fx.Node, known: Facts) -> Iterato
     elif row.is_repeated and known.recompute is not None:
         yield f"{row.name} stands in region {known.recompute}, which runs again by itself"
     if replace_axis(before, axis, known.layout[axis]) != known.layout:
-        yield f"changes {format_layout(before, program.mesh)} into {format_layout(known.layout, program.mesh)}, more than axis {axis_name}"
+        yield f"changes {shown_layout(before, program.mesh)} into {shown_layout(known.layout, program.mesh)}, more than axis {axis_name}"
     elif row != (AGAIN.get(expected_row.name) if row.is_repeated and expected_row else expected_row) or step.src == step.dst:
         yield f"{row.name} takes {row.src} to {row.dst}, here {step.src} to {step.dst} on {axis_name}"
     elif not is_step_sound(before, step):
-        yield f"{row.name} on {axis_name} would interleave the pieces of {format_layout(before, program.mesh)}"
+        yield f"{row.name} on {axis_name} would interleave the pieces of {shown_layout(before, program.mesh)}"
     else:
         expected = step_arguments(before, step, known.value.shape, program.mesh.shape)
         if tuple(asked.args[2:]) != expected:
@@ -244,7 +244,7 @@ def _mask_faults(program: Program, node: fx.Node, known: Facts) -> Iterator[str]
     elif (known.values, known.layouts) != (facts(source).values, facts(source).layouts):
         yield f"changes more of {source.name} than its padding"
     elif _masks(program, node, 0) is None:
-        yield f"masks {node.args[1:]} {dict(node.kwargs)}, where {format_layout(known.layout, program.mesh)} has no such padding"
+        yield f"masks {node.args[1:]} {dict(node.kwargs)}, where {shown_layout(known.layout, program.mesh)} has no such padding"
 
 
 def _masks(program: Program, node: fx.Node, number: int) -> list[Mask] | None:

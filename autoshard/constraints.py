@@ -22,7 +22,7 @@ from torch import fx
 
 from autoshard.equations import Strategy
 from autoshard.errors import ConstraintError, PlacementError
-from autoshard.mesh import MeshSpec
+from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.placements import Layout, Placement, local_shape, padded_axes, padded_piece
 from autoshard.program import Program, facts, op_name, producer
 
@@ -79,12 +79,21 @@ def parse_constraint(pattern: str, text: str, mesh: MeshSpec, is_soft: bool = Fa
                 except PlacementError as error:
                     raise ConstraintError(f"constraint {pattern!r}: {text!r}: {error}") from error
         if at and axis not in mesh.axes:
-            raise ConstraintError(f"constraint {pattern!r}: {text!r} names axis {axis!r}; the mesh has {', '.join(mesh.axes)}")
+            raise ConstraintError(f"constraint {pattern!r}: {text!r} names axis {axis!r}; {_axes_to_name(axis, mesh)}")
         for k in [mesh.axes.index(axis)] if at else range(mesh.ndim):
             if allowed[k] and allowed[k] != options:
                 raise ConstraintError(f"constraint {pattern!r}: {text!r} asks two placements on axis {mesh.axes[k]!r}")
             allowed[k] = options
     return Pin(pattern, text, tuple(allowed), is_soft, is_split)
+
+
+def _axes_to_name(axis: str, mesh: MeshSpec) -> str:
+    """Which axes values can lie on."""
+    if mesh.inside is None:
+        return f"the mesh has {', '.join(mesh.axes)}"
+    others = "has no other axis" if mesh.is_alone else f"has {', '.join(mesh.axes)} beside it"
+    cuts = "; say where stages start with Pipelining(starts=..., together=...)" if axis == PIPELINE_AXIS else ""
+    return f"axis {PIPELINE_AXIS} holds pipeline stages, on which nothing is laid out, and mesh {mesh.inside} {others}{cuts}"
 
 
 def pins_of(program: Program, constraints: Mapping[str, str], is_soft: bool = False) -> dict[fx.Node, list[Pin]]:

@@ -73,6 +73,7 @@ class Explanation:
     communications: tuple[Communication, ...]
     sent_elsewhere_s: float
     fallbacks: tuple[str, ...]
+    has_stages: bool = False
 
     def __rich__(self) -> Group:
         total = sum(row.step_s for row in self.modules)
@@ -88,7 +89,7 @@ class Explanation:
 
     def _sent(self) -> Iterator[str]:
         if not self.communications:
-            yield "Nothing is sent between ranks."
+            yield "Nothing else is sent between ranks." if self.has_stages else "Nothing is sent between ranks."
             return
         yield "Largest communications:"
         for row in self.communications:
@@ -121,7 +122,8 @@ def explain(plan: Plan) -> Explanation:
     padded = sum(1 for _ in plan.program.nodes("mask"))
     notes = [*plan.notes, *([f"{padded} values are masked where a dim that does not divide is summed over"] if padded else [])]
     modules = _modules(plan, report)
-    return Explanation(tuple(_summary(plan, report, modules)), modules, communications, elsewhere_s, tuple(notes))
+    summary, has_stages = tuple(_summary(plan, report, modules)), plan.program.pipeline is not None
+    return Explanation(summary, modules, communications, elsewhere_s, tuple(notes), has_stages)
 
 
 def _summary(plan: Plan, report: CostReport, modules: Sequence[ModuleShare]) -> Iterator[str]:
@@ -160,6 +162,8 @@ def _of_stages(plan: Plan, pipeline: Pipeline, report: CostReport, times: str) -
     yield f"{pipeline.described[0].upper()}{pipeline.described[1:]}."
     yield f"Predicted step {human_seconds(report.step_s)}, of which a rank stands idle {timeline.bubble:.0%} on average."
     yield f"The stages together take {human_seconds(report.total_s)}: {times}; nothing in them is counted as overlapped."
+    passed = plan.stats["wire_bytes_per_step"].get("send", 0)
+    yield f"Stages pass on values and send back gradients: {human_bytes(passed)} by the rank that sends most."
     shares = stage_shares(plan.program, CostModel(plan.mesh, plan.hardware))
     for share in shares[:_MOST_MODULES]:
         yield f"  {share.name}: {share.modules}; {share.times} a microbatch"

@@ -109,7 +109,7 @@ class Worker:
         self, programs: Sequence[Any], plan: Mapping[str, Any], mesh: DeviceMesh, device: torch.device, weights: str | None
     ) -> None:
         self.device, self.step_number = device, 0
-        self.sizes = dict(programs[0].MESH)
+        self.sizes = {name: size for program in programs for name, size in program.MESH.items()}
         self.coordinate = {name: mesh.get_local_rank(name) for name in self.sizes}
         placeholders = [node["facts"] for node in plan["program"]["nodes"] if node["kind"] == "placeholder"]
         self.with_gradient = {known["name"] for known in placeholders if known["values"][0][2]}
@@ -139,7 +139,7 @@ class Worker:
 
     def _copies(self, layout: str) -> int:
         """How many ranks hold the same piece."""
-        return torch.Size(self.sizes[text.partition("@")[2]] for text in layout.split() if not text.startswith("S")).numel()
+        return torch.Size(self.sizes[text.partition("@")[2]] for text in layout.split() if text[0] in "IR").numel()
 
     def step(self) -> tuple[str, float, float]:
         """Forward and backward. Returns the results in words, the norm of all gradients, and milliseconds."""

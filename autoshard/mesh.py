@@ -54,6 +54,16 @@ class MeshSpec:
         return self if PIPELINE_AXIS not in self.axes else MeshSpec(axes, shape, self)
 
     @property
+    def whole(self) -> MeshSpec:
+        """The mesh as the user gave it: with axis `pp`, where this is the mesh of a stage."""
+        return self.inside or self
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is the mesh of stages that one rank runs each: its axis `one` is not the user's."""
+        return self.inside is not None and self.inside.axes == (PIPELINE_AXIS,)
+
+    @property
     def stages(self) -> int:
         """Ranks of axis `pp`: 1 where the mesh has none."""
         return self.shape[self.index(PIPELINE_AXIS)] if PIPELINE_AXIS in self.axes else 1

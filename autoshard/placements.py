@@ -94,6 +94,11 @@ def format_layout(layout: Layout, mesh: MeshSpec) -> str:
     return " ".join(f"{placement}@{axis}" for placement, axis in zip(layout, mesh.axes, strict=True))
 
 
+def shown_layout(layout: Layout, mesh: MeshSpec) -> str:
+    """A layout for a reader: as format_layout, or `whole` where stages are a rank each."""
+    return "whole" if mesh.is_alone else format_layout(layout, mesh)
+
+
 def parse_layout(text: str, mesh: MeshSpec) -> Layout:
     """Inverse of format_layout; every axis of the mesh must be named once, in order."""
     parts = [part.partition("@") for part in text.split()]

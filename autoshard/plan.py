@@ -24,7 +24,7 @@ from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.ops.row import TensorInfo
 from autoshard.pipeline_file import pipeline_body
 from autoshard.pipeline_timeline import PipelineTimeline, simulate
-from autoshard.placements import Layout, format_layout
+from autoshard.placements import Layout, shown_layout
 from autoshard.plan_schema import check_source
 from autoshard.program import Program, facts
 from autoshard.rehearsal import DeviceType, MakeOptimizer
@@ -198,7 +198,7 @@ class Plan:
         for (name, shape, layout), values in rows.items():
             held = sum(cost.local_bytes(value, layout) for value in values)
             shown = name if len(values) == 1 else f"{name} x{len(values)}"
-            table.add_row(shown, f"{short_dtype(values[0].dtype)}{list(shape)}", format_layout(layout, self.mesh), human_bytes(held))
+            table.add_row(shown, f"{short_dtype(values[0].dtype)}{list(shape)}", shown_layout(layout, self.mesh), human_bytes(held))
         table.add_section()
         for share in stage_shares(self.program, cost):
             table.add_row(share.name, "", share.modules, human_bytes(share.parameter_bytes))
@@ -226,7 +226,7 @@ class Plan:
         return notebook_html(self)
 
     def __repr__(self) -> str:
-        return f"Plan({self.model_name} on {self.mesh}, {self.template}, {len(self.program.graph.nodes)} nodes)"
+        return f"Plan({self.model_name} on {self.program.whole_mesh}, {self.template}, {len(self.program.graph.nodes)} nodes)"
 
     # -------------------------------------------------------------------------------------------------- to keep and run
 

@@ -18,7 +18,7 @@ from torch import fx
 from autoshard.cost_report import CostReport, readers_of
 from autoshard.mesh import MeshSpec
 from autoshard.pipeline import Pipeline
-from autoshard.placements import format_layout
+from autoshard.placements import shown_layout
 from autoshard.program import Program, facts, producer
 from autoshard.stage_shares import kept_by_rank
 from autoshard.text import fold_name, human_bytes, human_seconds
@@ -146,13 +146,13 @@ def _stage_changes(old: Pipeline | None, new: Pipeline | None) -> Iterator[str]:
 
 def parameter_texts(program: Program) -> dict[str, str]:
     """Parameter -> its layout as text."""
-    return {name: format_layout(facts(node).layout, program.mesh) for name, node in program.parameters().items()}
+    return {name: shown_layout(facts(node).layout, program.mesh) for name, node in program.parameters().items()}
 
 
 def value_texts(program: Program) -> dict[str, str]:
     """`output:module` -> how what the module returns lies; several values are listed in order."""
     return {
-        f"output:{path}": "; ".join(format_layout(resting_layout(node), program.mesh) for node in nodes)
+        f"output:{path}": "; ".join(shown_layout(resting_layout(node), program.mesh) for node in nodes)
         for path, nodes in returned_by(program).items()
     }
 

@@ -390,7 +390,7 @@ def raise_unfit(pins: list[Pin], name: str, value: TensorInfo, program: Program)
     reason = (
         ". ".join(advice) or "Constraints on one value must agree, and dims must divide by the axes that split them; drop or change one"
     )
-    raise ConstraintError(f"{name} of shape {value.shape} on mesh {program.mesh} cannot satisfy {asked}. {reason}.")
+    raise ConstraintError(f"{name} of shape {value.shape} on mesh {program.mesh.whole} cannot satisfy {asked}. {reason}.")
 
 
 def _size_advice(dim: int, shape: Sequence[int], axis: str, n: int) -> list[str]:

@@ -20,7 +20,8 @@ def describe_value(known: Facts, program: Program, index: int = 0) -> str:
         return f"{short_dtype(value.dtype)}{_described(value.shape)}"
     layout = known.layouts[index]
     shape = local_shape(value.shape, layout, program.mesh.shape)
-    return f"{short_dtype(value.dtype)}{_described(shape or ())}  {format_layout(layout, program.mesh)}"
+    lies = "" if program.mesh.is_alone else f"  {format_layout(layout, program.mesh)}"
+    return f"{short_dtype(value.dtype)}{_described(shape or ())}{lies}"
 
 
 def _described(shape: Sequence[int]) -> str:
@@ -29,7 +30,7 @@ def _described(shape: Sequence[int]) -> str:
 
 def listing(program: Program) -> str:
     """Every node of a program with its facts, one per line: what a dump between passes shows."""
-    lines = [f"# mesh {program.mesh}; passes: {', '.join(program.passes) or 'none'}"]
+    lines = [f"# mesh {program.mesh.whole}; passes: {', '.join(program.passes) or 'none'}"]
     for node in program.graph.nodes:
         known = facts(node)
         values = "; ".join(describe_value(known, program, k) for k in range(len(known.values)))

@@ -17,7 +17,7 @@ from torch import fx
 from autoshard.constraints import parse_constraint
 from autoshard.cost_report import price
 from autoshard.errors import BudgetError, ConstraintError, PlanError
-from autoshard.placements import format_layout
+from autoshard.placements import shown_layout
 from autoshard.plan_diff import PlanDiff, diff_programs, in_words, resting_layout, returned_by
 from autoshard.program import Program, facts
 from autoshard.text import human_bytes, human_seconds
@@ -92,7 +92,7 @@ def why(plan: Plan, name: str, layout: str) -> Why:
     pattern, nodes = find_subject(plan.program, name)
     pin = parse_constraint(pattern, layout, plan.mesh)
     lies = [(resting_layout(node), facts(node).needs_grad) for node in nodes]
-    current = "; ".join(dict.fromkeys(format_layout(where, plan.mesh) for where, _ in lies))
+    current = "; ".join(dict.fromkeys(shown_layout(where, plan.mesh) for where, _ in lies))
     asked = (pattern, layout)
     if all(pin.admits(where, needs_grad) for where, needs_grad in lies):
         return Why(name, asked, current, "already so")

@@ -163,7 +163,7 @@ class AnnotateShardings:
             except InfeasibleError:
                 kept = fewer
         shown = "; ".join(f"{pattern!r}: {text!r}" for pattern, text in kept.items()) or f"template {self.template!r}"
-        return f"no plan on {program.mesh} satisfies these constraints together: {shown}. Drop or change one of them."
+        return f"no plan on {program.mesh.whole} satisfies these constraints together: {shown}. Drop or change one of them."
 
 
 def _mark_repeated(program: Program, layers: Sequence[Layer]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from autoshard.backward_halves import wholes
 from autoshard.branches import SIDES, cond_of, number_of
 from autoshard.conversions import BY_NAME, COMMUNICATES, PADDING, STARTS, WAIT
 from autoshard.instantiation import multiple_of
+from autoshard.mesh import PIPELINE_AXIS
 from autoshard.ops import lowerings
-from autoshard.placements import format_layout, padded_axes
+from autoshard.placements import padded_axes, shown_layout
 from autoshard.program import Facts, Program, facts, is_of_runtime, is_wait, row_of
 from autoshard.regions import repeats_gathers, results, statistics
 from autoshard.stages import given_to_forward, given_to_prepare, prepared_by
@@ -32,6 +33,7 @@ from autoshard.text import describe_value, short_dtype
 
 _OPERATORS = {"aten.add.Tensor": "+", "aten.sub.Tensor": "-", "aten.mul.Tensor": "*", "aten.div.Tensor": "/"}
 _COMMENT_COLUMN = 104
+_AXIS_ONE = "        one, = self.axes"
 _NAME = re.compile(r"\w+")
 _CALLED = re.compile(r"(?<![.\w])(\w+)\(")
 
@@ -49,43 +51,54 @@ class EmitPrograms:
     def __call__(self, program: Program) -> Program:
         for number, (stage, reason) in enumerate(zip(program.stages, wholes(program), strict=True)):
             stage.passes = program.passes
-            self._write(stage, f"Stage {number} of {len(program.stages)} of {self.name}", reason)
+            self._write(stage, f"Stage {number} of {len(program.stages)} of {self.name}", number, reason)
         if program.stages:
             program.source = "\n\n".join(stage.source for stage in program.stages)
         else:
             self._write(program, self.name)
         return program
 
-    def _write(self, program: Program, name: str, is_whole_because: str = "") -> None:
+    def _write(self, program: Program, name: str, stage: int | None = None, is_whole_because: str = "") -> None:
+        """Write `program.source`. is_whole_because: why the backward of a stage is not split where the schedule splits it."""
         body = [*_constants(program), *_prepare(program), *_bind_sizes(program, _forward(program, self.record_modules))]
+        axes = dict(zip(program.mesh.axes, program.mesh.shape, strict=True))
+        if program.mesh.is_alone and not any("one" in _NAME.findall(line.partition("  # ")[0]) for line in body if line != _AXIS_ONE):
+            body, axes = [line for line in body if line != _AXIS_ONE], {}
         used = {word for line in body for word in _CALLED.findall(line.partition("  # ")[0])}
         used |= {"gathers_again"} if repeats_gathers(program) else set()
         imported = sorted(used & {*BY_NAME, *STARTS, WAIT, *lowerings(), *PADDING, "gathers_again", "zero_gradients"})
         names = ", ".join(["Program", *imported])
         program.source = "\n".join(
             [
-                *_header(program, name),
+                *_header(program, name, stage),
                 "import torch",
                 f"from autoshard_runtime import {names}",
                 "",
-                *_tables(program, is_whole_because),
+                *_tables(program, axes, is_whole_because),
                 *body,
                 "",
             ]
         )
 
 
-def _header(program: Program, name: str) -> list[str]:
+def _header(program: Program, name: str, stage: int | None) -> list[str]:
     mode = "training" if program.is_training else "evaluation"
     sizes = [f"    {_sized(symbol, multiple_of(program, symbol.name))}" for symbol in program.symbols.values()]
     return [
-        f'"""{name} on mesh {program.mesh}, {mode}: the program of every rank. Written by autoshard.',
+        f'"""{name} on mesh {program.whole_mesh}, {mode}: the program of {_ranks(program, stage)}. Written by autoshard.',
         "",
         f"Passes: {', '.join(program.passes)}.",
         *(["Sizes that may change from call to call:", *sizes] if sizes else []),
         '"""',
         "",
     ]
+
+
+def _ranks(program: Program, stage: int | None) -> str:
+    """`every rank at pp=1`."""
+    if stage is None or program.pipeline is None:
+        return "every rank"
+    return f"{'the' if program.mesh.is_alone else 'every'} rank at {PIPELINE_AXIS}={program.pipeline.stage_ranks[stage]}"
 
 
 def _sized(symbol: Symbol, multiple: int | None) -> str:
@@ -111,22 +124,23 @@ def _argument(program: Program, name: str) -> str:
     return next(node.name for node in program.nodes("input") if facts(node).name == name)
 
 
-def _tables(program: Program, is_whole_because: str) -> list[str]:
+def _tables(program: Program, mesh: Mapping[str, int], is_whole_because: str) -> list[str]:
     def table(title: str, *roles: Any) -> list[str]:
         def row(n: Facts) -> str:
-            shape, layout = [*map(int, n.value.shape)], format_layout(n.layout, program.mesh)  # sizes that may change: the example's
+            shape, layout = [*map(int, n.value.shape)], shown_layout(n.layout, program.mesh)  # sizes that may change: the example's
             return f'        {quoted(n.name)}: ({shape}, "{short_dtype(n.value.dtype)}", "{layout}"),'
 
         rows = [row(known) for known in map(facts, program.nodes(*roles))]
         return [f"    {title} = {{", *rows, "    }"] if rows else [f"    {title} = {{}}"]
 
-    axes = ", ".join(f'"{axis}": {size}' for axis, size in zip(program.mesh.axes, program.mesh.shape, strict=True))
+    axes = ", ".join(f'"{axis}": {size}' for axis, size in mesh.items())
+    of_stage = "  # of a stage" if program.pipeline is not None else ""
     return [
         "aten = torch.ops.aten",
         "",
         "",
         "class Rank(Program):",
-        f"    MESH = {{{axes}}}",
+        f"    MESH = {{{axes}}}{of_stage}",
         *([f"    SPLITS_BACKWARD = False  # {is_whole_because}"] if is_whole_because else []),
         *table("PARAMETERS", "parameter"),
         *table("BUFFERS", "buffer"),

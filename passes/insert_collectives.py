@@ -18,7 +18,7 @@ from autoshard.conversions import AGAIN, Step, is_step_sound, replace_axis, step
 from autoshard.costs import CostModel
 from autoshard.errors import PlacementError
 from autoshard.hardware import Hardware
-from autoshard.placements import Layout, format_layout
+from autoshard.placements import Layout, shown_layout
 from autoshard.program import Facts, Program, facts, native_layout, replace_operands, set_facts, tensor_operands
 from autoshard.regions import settle_regions
 from autoshard.text import human_bytes, human_seconds
@@ -145,7 +145,7 @@ def insert_conversion(program: Program, node: fx.Node, step: Step) -> fx.Node:
     after = replace_axis(known.layout, step.axis, step.dst)
     if not is_step_sound(known.layout, step):
         raise PlacementError(
-            f"{step.row.name} of {node.name} on {axis} would interleave pieces of {format_layout(known.layout, program.mesh)}"
+            f"{step.row.name} of {node.name} on {axis} would interleave pieces of {shown_layout(known.layout, program.mesh)}"
         )
     args = step_arguments(known.layout, step, known.value.shape, program.mesh.shape)
     kwargs: dict[str, Any] = step_sizes(known.layout, step, known.value.shape, program.mesh.shape)

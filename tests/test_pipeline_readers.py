@@ -12,8 +12,9 @@ from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
 import autoshard
-from autoshard.errors import PlanError
+from autoshard.errors import ConstraintError, PlanError
 from autoshard.stage_shares import in_flight, kept_by_rank, weights_by_rank
+from autoshard.text import human_bytes
 
 ARGS, KWARGS = EXAMPLES["gpt"].batch(0)
 
@@ -120,6 +121,81 @@ def test_other_layouts_are_priced_with_their_stages(plan: autoshard.Plan) -> Non
 def test_graphs_are_drawn(plan: autoshard.Plan) -> None:
     assert "digraph" in plan.graph().source
     assert "digraph" in plan.graph("ops").source
+
+
+# ------------------------------------------------------------------------------------------------ the mesh that was given
+
+
+@pytest.fixture(scope="module")
+def alone() -> autoshard.Plan:
+    """Stages of one rank each."""
+    return make_plan(mesh="pp=2")
+
+
+def test_every_text_names_the_mesh_that_was_given(alone: autoshard.Plan, plan: autoshard.Plan, tmp_path: Path) -> None:
+    for found, mesh in ((alone, "pp=2"), (plan, "pp=2,tp=2")):
+        assert repr(found).startswith(f"Plan(GPT on {mesh}, auto")
+        assert f"GPT on {mesh} (h100)" in text_of(found.table())
+        assert f"GPT on {mesh} (h100)" in str(found.explain())
+        assert found.graph().source.startswith(f"// mesh {mesh}, level modules")
+    shown = [text_of(alone.table()), str(alone.explain()), alone.program.source, alone.graph().source, alone.graph("ops").source]
+    shown += [str(alone.why("head.weight", "I")), text_of(alone.cost), alone.report(tmp_path / "report.html", memory=True).read_text()]
+    for text in shown:
+        assert "@one" not in text
+        assert "one=1" not in text
+
+
+def test_programs_say_for_which_ranks_they_are(alone: autoshard.Plan, plan: autoshard.Plan) -> None:
+    for number in range(2):
+        text = alone.source(number)
+        assert text.startswith(f'"""Stage {number} of 2 of GPT on mesh pp=2, training: the program of the rank at pp={number}. Written by')
+        assert "    MESH = {}  # of a stage\n" in text
+        assert "self.axes" not in text
+        assert '"blocks.0.norm1.weight": ([16], "f64", "whole"),' in alone.program.source
+        text = plan.source(2 * number)
+        assert f"on mesh pp=2,tp=2, training: the program of every rank at pp={number}. Written by" in text
+        assert '    MESH = {"tp": 2}  # of a stage\n' in text
+
+
+def test_stages_that_convert_on_no_axis_of_the_user_still_run() -> None:
+    """A plan may convert on the axis of one rank that a stage has by itself: its program then has that axis."""
+    how = autoshard.Pipelining(microbatches=4, schedule="1f1b")
+    options = autoshard.Options(seed=3)
+    found = autoshard.plan(EXAMPLES["gpt"].model(), "pp=2", ARGS, KWARGS, pipeline=how, options=options)
+    converts = any(True for _ in found.program.nodes("conversion"))
+    assert ('MESH = {"one": 1}' in found.program.source) == converts
+    assert found.memory("sgd").peak_bytes
+
+
+def test_what_is_sent_between_stages_is_told(alone: autoshard.Plan) -> None:
+    text = str(alone.explain())
+    moved = alone.stats["wire_bytes_per_step"]["send"]
+    assert f"Stages pass on values and send back gradients: {human_bytes(moved)} by the rank that sends most." in text
+    assert "Nothing else is sent between ranks." in text
+
+
+CONSTRAINED = [
+    (
+        "pp=2",
+        "S(0)@pp",
+        r"axis pp holds pipeline stages, on which nothing is laid out, and mesh pp=2 has no other axis; say where stages",
+    ),
+    ("pp=2,tp=2", "S(0)@pp", r"and mesh pp=2,tp=2 has tp beside it; say where stages start with Pipelining\(starts=\.\.\., together="),
+    ("pp=2", "S(0)@tp", r"names axis 'tp'; axis pp holds pipeline stages, on which nothing is laid out, and mesh pp=2 has no other axis$"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "layout", "said"), CONSTRAINED)
+def test_constraints_on_other_axes_are_refused(mesh: str, layout: str, said: str) -> None:
+    how = autoshard.Pipelining(microbatches=4)
+    with pytest.raises(ConstraintError, match=said):
+        autoshard.plan(EXAMPLES["gpt"].model(), mesh, ARGS, KWARGS, pipeline=how, constraints={"head.weight": layout})
+
+
+def test_errors_of_layouts_name_the_mesh_that_was_given() -> None:
+    how = autoshard.Pipelining(microbatches=4)
+    with pytest.raises(ConstraintError, match=r"on mesh pp=2,tp=2 cannot satisfy|no plan on pp=2,tp=2 satisfies"):
+        autoshard.plan(EXAMPLES["gpt"].model(), "pp=2,tp=2", ARGS, KWARGS, pipeline=how, constraints={"norm.weight": "S(1)@tp"})
 
 
 def step_of_loaded(folder: str) -> None:

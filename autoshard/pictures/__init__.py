@@ -47,7 +47,7 @@ def draw(program: Program, level: Level = "modules", costs: CostModel | None = N
     program = joined(program)
     homes = homes_of(program)
     sketch = {"modules": _modules, "layer": _layer, "ops": _ops}[level](program, homes, costs or CostModel(program.mesh, hardware_of(None)))
-    picture = Picture("autoshard", comment=f"mesh {program.mesh}, level {level}")
+    picture = Picture("autoshard", comment=f"mesh {program.mesh.whole}, level {level}")
     picture.attr(nodesep="0.15", ranksep="0.22", fontname="Helvetica", labelloc="t", bgcolor="white", tooltip=" ")
     picture.attr("node", fontname="Helvetica", fontsize="11", fontcolor=labels.INK, height="0.2", width="0.3", **labels.NODE)
     picture.attr("edge", fontname="Helvetica", color=labels.LINE, arrowsize="0.6")

@@ -233,6 +233,7 @@ class Sketch:
         """One value: dtype with local shape, then its placements."""
         shape = describe_value(known, self.program, index).partition("  ")[0]
         layout: Layout = known.layouts[index] if known.layouts else ()
+        layout = () if self.program.mesh.is_alone else layout
         texts = format_layout(layout, self.program.mesh).split() if layout else ()
         placements = (labels.placement(placement.kind, words) for placement, words in zip(layout, texts, strict=True))
         return " ".join([text(shape, PALE, 9), *placements])

@@ -16,7 +16,7 @@ from autoshard.errors import PlanError
 from autoshard.explanation import nodes_of_rows, reason_of, why_sent
 from autoshard.memory import Memory
 from autoshard.pipeline_timeline import PipelineTimeline
-from autoshard.placements import format_layout, local_shape
+from autoshard.placements import local_shape, shown_layout
 from autoshard.plan_diff import value_texts
 from autoshard.program import facts
 from autoshard.report import charts
@@ -114,7 +114,7 @@ def parameter_table(plan: Plan, has_reasons: bool) -> Markup:
         value = facts(program.parameters()[names[0]]).value
         local = local_shape(shape, layout, program.mesh.shape) or ()
         row: list[Cell] = [code(name if len(names) > 1 else names[0]), count(len(names)), whole(f"{short_dtype(dtype)}{_shape(shape)}")]
-        row += [whole(_shape(local)), whole(format_layout(layout, program.mesh)), nbytes(len(names) * costs.local_bytes(value, layout))]
+        row += [whole(_shape(local)), whole(shown_layout(layout, program.mesh)), nbytes(len(names) * costs.local_bytes(value, layout))]
         rows.append([*row, *([reasons.get(names[0], "read as it rests, nothing is sent")] if has_reasons else [])])
     columns = [
         "parameter",
@@ -324,7 +324,9 @@ def program(subject: Subject) -> Markup:
     shown = sum(end <= _MOST_PROGRAM for end in ends)
     more = paragraph(f"The first {shown:,} lines; plan.source() returns all.", "note") if shown < len(lines) else ""
     text = element("pre", "".join(lines[:shown]), tabindex="0")
-    return element("details", element("summary", f"{len(lines):,} lines of Python that every rank runs"), more, text)
+    pipeline = subject.plan.program.pipeline
+    whose = "that every rank runs" if pipeline is None else "of the stages in order; every rank runs those of its own"
+    return element("details", element("summary", f"{len(lines):,} lines of Python {whose}"), more, text)
 
 
 SECTIONS = (
