@@ -27,7 +27,7 @@ from autoshard.errors import InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, group_of_all, mesh_of_stage
 from autoshard.module_state import State, slots_of
-from autoshard.other_stages import all_parameters, check_trained, drop_other_stages, follow_dtypes
+from autoshard.other_stages import all_parameters, changed_alone, drop_other_stages, follow_dtypes, told_to_freeze_before
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.pipelined_program import PipelinedProgram
 from autoshard.placements import I, Layout, R, shard
@@ -141,9 +141,10 @@ class ShardedModule(nn.Module):
         state = self._state
         self._look_up()
         modes = tuple([module.training for module in state.members])
-        trained = tuple([owner[name].requires_grad for owner, name in state.slots.values()])
-        if state.trained:
-            check_trained(state)
+        alone = changed_alone(state) if state.trained else []
+        trained = tuple(
+            [state.trained[name] if name in alone else owner[leaf].requires_grad for name, (owner, leaf) in state.slots.items()]
+        )
         keys = tuple([leaf_key(leaf) for leaf in leaves])
         marks: Marks = ()
         if state.settings.dynamic is not None:
@@ -151,6 +152,8 @@ class ShardedModule(nn.Module):
                 state.marks[str(spec), keys] = self._marks(args, kwargs, leaves)
             marks = state.marks[str(spec), keys]
         key = (str(spec), family_of(keys, marks), modes, trained, ambient())
+        if alone and torch.is_grad_enabled():
+            self._refuse(alone[0], key)
         if key not in state.ready:
             with torch.inference_mode(False):  # what is made now serves training later
                 state.ready[key] = self._prepare(args, kwargs, leaves, keys, marks)
@@ -158,6 +161,14 @@ class ShardedModule(nn.Module):
         if marks and keys not in ready.sizes:
             self._admit(ready, leaves, keys)
         return leaves, ready, ready.sizes[keys] if marks else {}
+
+    def _refuse(self, name: str, key: tuple) -> None:
+        """Let this call end on all ranks, whose calls are as before, because `name` was frozen or thawed here."""
+        error, ready = told_to_freeze_before(name), self._state.ready.get(key)
+        if isinstance(ready, PipelinedProgram):
+            ready.fail(error)
+        else:  # the others agree on what to plan now
+            self._agree({}, error)
 
     def _look_up(self) -> None:
         """Find out once where every parameter and buffer is held."""

@@ -47,16 +47,22 @@ def all_parameters(state: State) -> list[tuple[str, nn.Parameter]]:
     return list(found.values())
 
 
-def check_trained(state: State) -> None:
-    """Raise PlanError where `requires_grad` changed of what only some ranks hold: the others would not know."""
+def changed_alone(state: State) -> list[str]:
+    """Parameters whose `requires_grad` changed since the stages were cut, and which only some ranks hold: the others do not know."""
+    found = []
     for name, was in state.trained.items():
         owner, leaf = state.slots[name]
         ranks = {state.stage_ranks[stage] for stage in (state.stages or {}).get(state.aliases.get(name, name), ())}
         if owner[leaf].requires_grad != was and len(ranks) < state.whole_spec.stages:
-            raise PlanError(
-                f"requires_grad of {name} changed after the model was cut into pipeline stages, and only its stage knows; freeze "
-                "parameters before the first call, or set .grad to None before the optimizer steps"
-            )
+            found.append(name)
+    return found
+
+
+def told_to_freeze_before(name: str) -> PlanError:
+    return PlanError(
+        f"requires_grad of {name} changed after the model was cut into pipeline stages, and only its stage knows; freeze parameters "
+        "before the first call, or set .grad to None before the optimizer steps"
+    )
 
 
 def follow_dtypes(state: State, own: Iterable[tuple[str, Any]], originals: Mapping[str, Any]) -> None:

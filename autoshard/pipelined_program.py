@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 
-from autoshard import runtime
+from autoshard import gradient_scaling, runtime
 from autoshard.errors import PlanError
 from autoshard.loaded_program import load_text
 from autoshard.ops.row import TensorInfo
@@ -52,6 +52,7 @@ class PipelinedProgram:
         self._begin(plan.program, dist.get_rank(group), slots, device, seed)
         self.plan, self.group, self.is_checked = plan, group, False
         self.sizes: dict[tuple, dict[str, int]] = {}
+        gradient_scaling.watch()
         self.is_random = any(facts(node).random_axes is not None for node in plan.program.nodes("op"))
         read = {facts(node).name for k in self.mine for node in plan.program.stages[k].nodes("buffer")}
         constants = {name: value.to(device) for name, value in plan.program.constants.items() if name in read}
@@ -145,12 +146,17 @@ class PipelinedProgram:
         finally:
             self.inputs, self.leaves = {}, {}
 
+    def fail(self, error: Exception) -> None:
+        """Let the next call end on all ranks with what this rank found wrong."""
+        self.engine.fail(error)
+
     def _hold(self) -> dict[str, Tensor]:
         """Make the leaves of this step; returns the parameters that they stand for."""
         trained = {name: self.slots(name) for name in self.held if self.slots(name).requires_grad}
         hooked = [name for name, held in trained.items() if held._backward_hooks or getattr(held, "_post_accumulate_grad_hooks", None)]
         if hooked:
-            raise PlanError(f"{hooked[0]} has a gradient hook, which pipeline stages would not call; use its .grad after backward instead")
+            text = f"{hooked[0]} has a gradient hook, which pipeline stages would not call; use its .grad after backward instead"
+            self.fail(PlanError(text))
         self.leaves = {name: local_of(held).detach().requires_grad_() for name, held in trained.items()}
         return trained
 
@@ -181,7 +187,7 @@ class PipelinedProgram:
             for stage in self.stages:
                 stage.prepare(whole, self.seed)
         except Exception as error:  # the other ranks learn of it at the end of the step
-            self.engine.fail(error)
+            self.fail(error)
 
     def _reduce(self) -> None:
         for stage in self.stages:
@@ -261,8 +267,10 @@ class _Gradients:
             raise RuntimeError("the gradients of this pipelined step were taken by an earlier backward; call the model again")
         self.is_taken = True
         parts, self.parts = self.parts, []
-        if float(scale) != 1.0:
-            torch._foreach_mul_([gradient for _, gradient in parts], scale) if parts else None
+        is_scaled = float(scale) != 1.0
+        if is_scaled and parts:
+            torch._foreach_mul_([gradient for _, gradient in parts], scale)
+        if is_scaled or gradient_scaling.is_used():
             self._spread_overflow([gradient for _, gradient in parts], scale)
         with torch.no_grad():
             for parameter, gradient in parts:

@@ -27,7 +27,7 @@ from torch import fx
 
 from autoshard.candidates import base, bound_rule, find_segmentations
 from autoshard.equations import Strategy, divides, strategies
-from autoshard.errors import PlanError
+from autoshard.errors import AutoshardError, InputError, PlanError
 from autoshard.masked_means import MASKED_LOSSES, spell_masked_means
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec
 from autoshard.ops.row import Rule, TensorInfo, is_differentiable
@@ -36,6 +36,7 @@ from autoshard.pipeline import Joined, Pipeline
 from autoshard.pipeline_limits import batch_dims, loss_of, most_that_divide, refuse
 from autoshard.placements import I, P, Placement, R, S, local_shape
 from autoshard.program import Facts, Program, facts, op_name, producer, replace_operands, set_facts, tensor_operands, writes_statistics
+from autoshard.resolving import copied
 from autoshard.row_numbers import spell_row_numbers
 from autoshard.runtime.loss import AVERAGED
 
@@ -62,12 +63,31 @@ class SplitMicrobatches:
         if count > 1:
             spell_masked_means(program)
             spell_row_numbers(program)
+        whole = copied(program) if self.batch and count > 1 else None
         splitter = _Splitter(program, count, cut)
         results = splitter.run()
+        if whole is not None and splitter.estimates:
+            self._refuse_a_worse_batch(whole, count)
         names = (facts(node).name for node in program.nodes("input") if facts(node).name not in splitter.rows)
         inputs = {name: (name.removesuffix(_OF_ALL), cut.get(name)) for name in names}
         program.pipeline = Pipeline(self.mesh, count, inputs, splitter.rows, results, loss_of(program))
         return program
+
+    def _refuse_a_worse_batch(self, program: Program, count: int) -> None:
+        """Raise InputError where the dims that were named give estimates, and those taken by default none."""
+        try:
+            usual = batch_dims(program, {}, count)
+            splitter = _Splitter(program, count, usual)
+            splitter.run()
+        except AutoshardError:
+            return
+        if not splitter.estimates:
+            said = ", ".join(f"{name!r}: {dim}" for name, dim in self.batch.items())
+            exact = ", ".join(f"dim {dim} of {name}" for name, dim in usual.items())
+            raise InputError(
+                f"batch={{{said}}} cuts what the model sums over and then uses otherwise than linearly, so that microbatches would only "
+                f"estimate its results; cut along {exact} they are exact: leave out batch=, or name these"
+            )
 
 
 _OF_ALL = " of all microbatches"

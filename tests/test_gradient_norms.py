@@ -107,8 +107,8 @@ def overflow(model: nn.Module, loss: Tensor) -> None:
     model(*data()).backward(torch.full_like(loss, torch.inf))
 
 
-def overflow_of_one() -> list[bool]:
-    """Whether any gradient is not finite, by rank, where those of the last stage alone overflow."""
+def overflow_of_one(is_scaled: bool) -> list[bool]:
+    """Whether any gradient is not finite, by rank, where those of the last stage alone overflow; is_scaled: by a GradScaler, by 1."""
     torch.manual_seed(1)
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
 
@@ -124,7 +124,7 @@ def overflow_of_one() -> list[bool]:
     pipeline = autoshard.Pipelining(2, starts=("second",))
     compiled = autoshard.compile(Net(), mesh, pipeline=pipeline)
     loss = compiled(torch.ones(4, 4, dtype=torch.float64))
-    (loss * 2.0).backward()
+    (torch.amp.GradScaler("cpu", init_scale=1.0).scale(loss) if is_scaled else loss * 2.0).backward()
     own = any(not bool(p.grad.to_local().isfinite().all()) for p in compiled.parameters() if p.grad is not None)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
@@ -132,7 +132,8 @@ def overflow_of_one() -> list[bool]:
 
 
 def both_scalings() -> tuple[tuple[list[float], list[float], float], list[bool]]:
-    return scale(), overflow_of_one()
+    by_one = overflow_of_one(is_scaled=True)  # first, as a scaler that was used once is remembered
+    return scale(), [*by_one, *overflow_of_one(is_scaled=False)]
 
 
 def test_a_scaler_skips_the_same_steps_on_all_stages() -> None:
@@ -140,4 +141,4 @@ def test_a_scaler_skips_the_same_steps_on_all_stages() -> None:
         assert expected == actual
         assert expected[1] < expected[0]
         assert difference < 1e-12
-        assert overflows == [True, True]
+        assert overflows == [True, True, True, True]

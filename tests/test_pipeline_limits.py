@@ -147,6 +147,22 @@ def limits() -> dict[str, Any]:
     both = compiled(TwoLosses())
     results = both(X)
     found["beside the loss"] = told(lambda: (results["extra"] + 0 * results["extra"]).backward())
+    frozen, here = compiled(Net()), dist.get_rank()
+    frozen(X).backward()
+    names = [name for name, _ in frozen.named_parameters() if here == 0]  # what the first stage alone holds
+    for name in names[:1]:
+        frozen.get_parameter(name).requires_grad_(False)
+    found["frozen here"] = told(lambda: frozen(X))
+    with torch.no_grad():
+        found["frozen, without gradients"] = float(frozen(X)) > 0
+    found["frozen, another shape"] = told(lambda: frozen(torch.cat([X, X])))
+    for name in names[:1]:
+        frozen.get_parameter(name).requires_grad_(True)
+    found["thawed"] = told(lambda: frozen(X).backward())
+    hooked = compiled(Net())
+    for parameter in hooked.parameters() if here == 1 else ():
+        parameter.register_post_accumulate_grad_hook(lambda _: None)
+    found["hooks of one stage"] = told(lambda: hooked(X))
     labels = torch.tensor([0, 1, 2, 9])
     weighted = compiled(Weighted())
     found["before the first microbatch"] = told(lambda: weighted(X, labels))
@@ -173,6 +189,10 @@ EXPECTED = {
     "argument": "PlanError: the argument x needs a gradient, which pipeline stages do not give; pass it detached",
     "clip a part": "PlanError: clip the gradients of all parameters of a model with pipeline stages in one call",
     "hooks": "has a gradient hook, which pipeline stages would not call",
+    "frozen here": "StageError: before the first microbatch, on rank 0: PlanError: requires_grad of a.weight changed after",
+    "frozen, another shape": "requires_grad of a.weight changed after the model was cut into pipeline stages",
+    "thawed": "no error",
+    "hooks of one stage": "StageError: before the first microbatch, on rank 1: PlanError: c.weight has a gradient hook",
     "beside the loss": "PlanError: a model with pipeline stages is differentiated from its loss alone",
     "before the first microbatch": "StageError: before the first microbatch, on rank 1: IndexError",
     "state of another mesh": "lies on another mesh than the pipeline stage that holds it; save with torch.distributed.checkpoint",
@@ -185,4 +205,5 @@ def test_limits_on_processes() -> None:
             assert text in found[name], f"{name}: {found[name]}"
         assert found["copy"] == 0
         assert found["after it"]
+        assert found["frozen, without gradients"]
         assert found["microbatches"] == 2

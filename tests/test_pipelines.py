@@ -278,6 +278,19 @@ def test_dropout_whose_value_does_not_depend_on_the_batch() -> None:
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 
+def test_a_batch_along_which_nothing_is_exact_is_refused() -> None:
+    """Where the usual dims are; estimates that no dims avoid stay, and dims that are as good are taken."""
+    args, kwargs = CASES["mse"].batch(0)
+    with pytest.raises(
+        InputError, match=r"^batch=\{'x': 1, 'y': None\} cuts .* cut along dim 0 of x, dim 0 of y they are exact: leave out"
+    ):
+        autoshard.plan(CASES["mse"].model(), "pp=2", args, kwargs, pipeline=Pipelining(2, batch={"x": 1, "y": None}))
+    args, kwargs = sequences(0)
+    for dims in ({}, {"x": 0, "target": 0}):
+        plan = autoshard.plan(CASES["MoE"].model(), "pp=2", args, kwargs, pipeline=Pipelining(2, batch=dims))
+        assert any("estimate" in said for said in plan.notes)
+
+
 MIXED: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.roll(1, 0),
     lambda x: x.flip(0),
