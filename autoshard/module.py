@@ -7,7 +7,7 @@ decides where parameters rest; later ones are planned with those layouts given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -204,6 +204,12 @@ class ShardedModule(nn.Module):
         """Global shapes of arguments by input name."""
         named = zip(plan.program.flat_inputs, leaves, strict=True)
         return {name: tuple(self._global_example(leaf).shape) for name, leaf in named if name is not None}
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As nn.Module.parameters. On a rank whose pipeline stages have no weights, the emptied ones of others: optimizers want some."""
+        own = list(super().parameters(recurse))
+        others = {id(each): each for each in self._state.absent.values() if isinstance(each, nn.Parameter)} if recurse else {}
+        yield from own or others.values()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module.state_dict: DTensors that share memory with the parameters, and that torch.distributed.checkpoint understands."""

@@ -117,6 +117,46 @@ def test_two_stages_train_as_one_process() -> None:
     check(jobs, (2,), ("pp",))
 
 
+class Bare(nn.Module):
+    """Its last layers have no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = nn.Linear(4, 4), nn.ModuleList(nn.Tanh() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.rest:
+            x = layer(x) * 1.5
+        return x.square().sum()
+
+
+def train_bare() -> tuple[int, float, float]:
+    """How many weights this rank has, and how far loss and norm of the gradients are from one process' after three steps."""
+    torch.manual_seed(0)
+    model, x = Bare().double(), torch.randn(4, 4, dtype=torch.float64)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    compiled = autoshard.compile(copy.deepcopy(model), mesh, pipeline=Pipelining(2, "1f1b", starts=("rest.1",)))
+    compiled.prepare(x)
+    found = []
+    for each in (model, compiled):
+        optimizer = torch.optim.AdamW(each.parameters(), 0.1)
+        for _ in range(3):
+            loss = each(x)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(each.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((float(loss.detach()), float(whole(norm))))
+    return len(compiled.state_dict()), abs(found[0][0] - found[1][0]), abs(found[0][1] - found[1][1])
+
+
+def test_a_rank_without_weights_runs_the_same_loop() -> None:
+    ranks = run_on_ranks(2, train_bare)
+    assert [held for held, _, _ in ranks] == [2, 0]
+    assert all(loss < 1e-12 and norm < 1e-6 for _, loss, norm in ranks)  # a norm of no gradients is told in float32
+
+
 @pytest.mark.slow
 def test_every_schedule_trains_as_one_process() -> None:
     check([Job("two_terms", schedule, 4) for schedule in (*NAMES, "list")], (2,), ("pp",))
