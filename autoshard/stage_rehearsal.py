@@ -79,16 +79,9 @@ class StageAlone(Stage):
 class EngineAlone(PipelineEngine):
     """The engine of one rank whose others are not there."""
 
-    def __init__(
-        self,
-        stages: Sequence[EngineStage],
-        stage_ranks: Sequence[int],
-        microbatches: int,
-        device: torch.device,
-        make: Callable[[EngineStage, Step], Stage],
-    ) -> None:
-        self._begin(stages, stage_ranks, microbatches, device, make)
-        self._lost = ""
+    def __init__(self, *parts: Any) -> None:
+        """parts: as _begin takes them."""
+        self._begin(*parts)
 
     def fail(self, error: Exception) -> None:
         raise error
