@@ -107,12 +107,12 @@ class Memory:
         return max((point.total_bytes for point in self.curve if point.phase == phase), default=0)
 
     def table(self, modules: int = 8) -> Table:
-        """Bytes by kind at the peak and in each phase, and the `modules` that hold most at the peak."""
+        """Bytes by kind at the peak and at that of each phase, and the `modules` that hold most at the peak."""
         title = f"Memory of a rank{self.at}, {self.optimizer}: {human_bytes(self.peak_bytes)} at the peak ({self.peak.where})"
         phases = [phase for phase in PHASES if self.peak_of(phase)]
         table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("")
-        for column in ("at the peak", *(f"peak of {phase}" for phase in phases)):
+        table.add_column("", no_wrap=True)
+        for column in ("at the peak", *(f"in {phase}" for phase in phases)):
             table.add_column(column, justify="right", no_wrap=True)
         tops = [max((p for p in self.curve if p.phase == phase), key=lambda p: p.total_bytes) for phase in phases]
         for k, kind in enumerate(KINDS):

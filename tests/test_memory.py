@@ -160,7 +160,7 @@ def test_the_table_names_the_peak() -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(planned().memory().table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("at the peak", "peak of backward", "optimizer state", "activations", "blocks.0"):
+    for words in ("at the peak", "in backward", "optimizer state", "activations", "blocks.0"):
         assert words in text
 
 
