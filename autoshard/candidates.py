@@ -15,6 +15,7 @@ from autoshard.conversions import without_gradient
 from autoshard.costs import CostModel, split_of
 from autoshard.equations import Equation, Strategy, base, divides, linear_operands, strategies
 from autoshard.errors import RuleError
+from autoshard.mesh import MeshSpec
 from autoshard.ops.row import Call, Rule, TensorInfo
 from autoshard.placements import I, Layout, Placement, R, S, local_shape, padded_axes
 from autoshard.program import Program, call_at, call_of, facts, is_sized, strange_sizes
@@ -156,6 +157,15 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
         for keyword in keywords.split():
             found[keyword] = (*found.get(keyword, ()), axis)
     return found
+
+
+def axes_in_place(rule: Rule, node: fx.Node, mesh: MeshSpec) -> dict[str, tuple[str, ...]]:
+    """lowered_axes of a node of a typed program; keywords without axes where the lowering stands in for an op on one sample."""
+    axes = lowered_axes(rule, [strategy.factor for strategy in facts(node).strategies], mesh.axes)
+    if axes or rule.lowering is None or not rule.lowering.lone_sample or not facts(node).value.needs_grad:
+        return axes
+    local = local_shape(facts(node).value.shape, facts(node).layout, mesh.shape)
+    return dict.fromkeys(rule.lowering.axes.values(), ()) if local and local[0] == 1 else {}
 
 
 def lowered_sizes(rule: Rule | None, equation: Equation | None, factors: Sequence[str], sizes: Sequence[int]) -> dict[str, tuple[int, ...]]:

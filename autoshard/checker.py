@@ -17,11 +17,11 @@ from autoshard import runtime
 from autoshard.branches import branch_faults, tie_faults
 from autoshard.candidates import (
     Mask,
+    axes_in_place,
     base,
     bound_rule,
     is_storable,
     layouts_of,
-    lowered_axes,
     lowered_sizes,
     masks_of,
     settle,
@@ -313,7 +313,7 @@ def _local_faults(
         if known.random_axes != (() if draws_random(node) and not known.is_drawn_whole else None):
             yield f"draws random numbers on axes {known.random_axes}, but is computed whole"
         return
-    axes = lowered_axes(rule, factors, program.mesh.axes)
+    axes = axes_in_place(rule, node, program.mesh)
     lengths = lowered_sizes(rule, equation, factors, program.mesh.shape)
     given = {key: value for key, value in node.kwargs.items() if key.endswith(("_axes", "_sizes"))}
     is_own = known.op is None and rule.lowering is not None and node.target is getattr(runtime, rule.lowering.function)

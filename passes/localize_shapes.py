@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from autoshard import runtime
-from autoshard.candidates import base, bound_rule, lowered_axes, lowered_sizes, masks_of
+from autoshard.candidates import axes_in_place, base, bound_rule, lowered_sizes, masks_of
 from autoshard.equations import Equation
 from autoshard.ops.row import Rule
 from autoshard.placements import local_shape
@@ -101,7 +101,7 @@ def _factors(node: fx.Node) -> list[str]:
 
 
 def _lower(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
-    axes = lowered_axes(rule, _factors(node), program.mesh.axes)
+    axes = axes_in_place(rule, node, program.mesh)
     if axes and rule.lowering is not None:
         node.kwargs = {**node.kwargs, **axes, **lowered_sizes(rule, equation, _factors(node), program.mesh.shape)}
         lowering = getattr(runtime, rule.lowering.function)

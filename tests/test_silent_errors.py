@@ -283,6 +283,28 @@ def test_batch_statistics_of_a_split_batch() -> None:
     assert "batch_norm" in prove(model, {"input": real(8, WIDTH)})
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("is_training", [True, False], ids=["train", "eval"])
+def test_norm_of_one_sample_whose_gradient_is_transposed(norm: Callable[..., nn.Module], is_training: bool) -> None:
+    """torch's CPU kernel misreads such a gradient: a batch that is split until one sample is left must not run into it."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 1), norm(4, affine=True), nn.Linear(64, CLASSES)
+
+        def forward(self, input: Tensor) -> Tensor:
+            tokens = self.norm(self.conv(input)).flatten(2).transpose(1, 2)
+            return self.head(tokens.sin().flatten(1))
+
+    model = Tokens().double().train(is_training)
+    x = real(BATCH, 3, 4, 4)
+    for mesh in ("a=4", "a=2,b=2"):
+        plan = autoshard.plan(model, mesh, (x,), template="ddp")
+        assert autoshard.verify(model, plan, (x,)).is_equal
+    prove(model, {"input": x})
+
+
 def doubles_columns(y):
     y[:, :3] *= 2
 

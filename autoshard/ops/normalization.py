@@ -51,7 +51,7 @@ ROWS: dict[str, Rule] = {
     **rows("native_layer_norm", Rule(native_layer_norm, Lowering("native_layer_norm", _OVER_DIMS, frozenset("n")))),
     **rows("rms_norm", Rule(last_dims_norm, Lowering("rms_norm", _OVER_DIMS))),
     **rows("_fused_rms_norm", Rule(last_dims_norm, Lowering("fused_rms_norm", _OVER_DIMS, frozenset("n")))),
-    **rows("batch_norm", Rule(batch_norm, Lowering("batch_norm", {"b": "batch_axes", "s": "batch_axes"}))),
+    **rows("batch_norm", Rule(batch_norm, Lowering("batch_norm", {"b": "batch_axes", "s": "batch_axes"}, lone_sample=True))),
     **rows("group_norm", Rule(group_norm, Lowering("group_norm", {"g": "group_axes", "c": "dim_axes", "s": "dim_axes"}))),
-    **rows("instance_norm", Rule(instance_norm, Lowering("instance_norm", {"s": "dim_axes"}))),
+    **rows("instance_norm", Rule(instance_norm, Lowering("instance_norm", {"s": "dim_axes"}, lone_sample=True))),
 }

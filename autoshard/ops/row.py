@@ -58,6 +58,7 @@ class Lowering:
     `ordered` factors cannot be split in segments: the lowering counts positions from the rank's number.
     `uneven` factors may be padded: the lowering then takes a keyword `*_sizes` beside its `*_axes`, the global length per axis
     (0 where it divides). Operands that it is linear in are zero at padding, unless it `skips_padding` of that factor by itself.
+    `lone_sample`: it replaces the op also where a rank holds one sample, without axes: torch's own gradient is wrong there.
     """
 
     function: str
@@ -66,6 +67,7 @@ class Lowering:
     ordered: frozenset[str] = frozenset()
     uneven: frozenset[str] = frozenset()
     skips_padding: frozenset[str] = frozenset()
+    lone_sample: bool = False
 
 
 @dataclass(frozen=True)

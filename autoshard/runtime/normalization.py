@@ -29,8 +29,12 @@ def batch_norm(
     batch_axes: Sequence[Axis],
 ) -> Tensor:
     """Batch norm over samples that are split on `batch_axes`, with the statistics of the whole batch."""
-    if not training:
-        return torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled)
+    by_channel = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+    if not (training and batch_axes) and not _is_misread(x):
+        return torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
+    if not training and running_mean is not None and running_var is not None:
+        y = (widen(x) - widen(running_mean).view(by_channel)) * torch.rsqrt(widen(running_var) + eps).view(by_channel)
+        return _scaled(y, weight, bias, by_channel).to(x.dtype)
     dims = [dim for dim in range(x.dim()) if dim != 1]
     count = x.numel() // x.shape[1] * ways(batch_axes)
     y, average, variance = _standardized(x, dims, eps, batch_axes)
@@ -38,7 +42,16 @@ def batch_norm(
         running_mean.copy_(torch.lerp(running_mean, average.detach().flatten().to(running_mean.dtype), momentum))
         unbiased = variance.detach().flatten() * (count / (count - 1))
         running_var.copy_(torch.lerp(running_var, unbiased.to(running_var.dtype), momentum))
-    return _scaled(y, weight, bias, [-1 if dim == 1 else 1 for dim in range(x.dim())]).to(x.dtype)
+    return _scaled(y, weight, bias, by_channel).to(x.dtype)
+
+
+def _is_misread(x: Tensor) -> bool:
+    """Whether torch's batch norm may compute wrong gradients of `x`.
+
+    Of one sample its CPU kernel takes a gradient whose channels lie innermost for one that lies as `x` does (torch 2.13: grad of
+    strides (c, 1, w c, c)). Such gradients come from a transpose behind the norm, and a split batch leaves ranks with one sample.
+    """
+    return x.shape[0] == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
 
 
 def layer_norm(
@@ -114,7 +127,9 @@ def instance_norm(
     *,
     dim_axes: Sequence[Axis],
 ) -> Tensor:
-    """Instance norm of (N, C, ...) without running statistics, space split on `dim_axes`."""
+    """Instance norm of (N, C, ...), without running statistics where space is split on `dim_axes`."""
+    if running_mean is not None or not (dim_axes or _is_misread(x)):
+        return torch.instance_norm(x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled)
     y, _, _ = _standardized(x, list(range(2, x.dim())), eps, dim_axes)
     return _scaled(y, weight, bias, [-1, *[1] * (x.dim() - 2)]).to(x.dtype)
 
