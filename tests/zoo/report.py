@@ -3,7 +3,8 @@
     PYTHONPATH=tests python -m zoo.report [--jobs 2] [--minutes 60] [--only NAME ...]
 
 Results lie in out/zoo, one file per model and mesh, and are kept while neither the library, the zoo nor the installed packages
-change: a run that was stopped goes on where it was. What takes too long, or was not begun in time, is reported as such.
+change: a run that was stopped goes on where it was. With --keep they are kept whatever has changed, and the page says of which
+state each is. What takes too long, or was not begun in time, is reported as such.
 """
 
 from __future__ import annotations
@@ -135,11 +136,11 @@ def path_of(name: str, mesh: str) -> Path:
     return RESULTS / f"{name}@{mesh.replace(',', '_')}.json"
 
 
-def known_result(name: str, mesh: str) -> dict[str, Any] | None:
+def known_result(name: str, mesh: str, of_any_state: bool = False) -> dict[str, Any] | None:
     if not path_of(name, mesh).exists():
         return None
     record = json.loads(path_of(name, mesh).read_text())
-    return record if record["library"] == library_hash() else None
+    return record if of_any_state or record["library"] == library_hash() else None
 
 
 def failures_of(records: list[dict[str, Any]]) -> list[str]:
@@ -185,9 +186,10 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# Coverage", "",
         f"Made by `tests/zoo/report.py` on {datetime.date.today()}, with {', '.join(f'{k} {v}' for k, v in versions().items())};",
-        f"on the CPU, of library state `{library_hash()}`.", "",
+        f"on the CPU, of library state {_states(found)}.", "",
         f"Of {len(ENTRIES)} models that should be partitioned, {len(whole)} compute under every plan, on all meshes, what the eager model",
-        f"computes on one device; {len(partly)} more do on the meshes that were run; **{len(failed)} fail**, and say how below;",
+        f"computes on one device; {len(partly)} more do on the meshes that were run; "
+        + (f"**{len(failed)} fail**, and say how below;" if failed else "none fails;"),
         f"{len(skipped)} were not run. {len(REFUSED)} more must be refused.", "",
         "Every model is small and has random weights. Compared on all simulated ranks, in train and eval mode, on the",
         f"meshes {' and '.join(f'`{m}`' for m in MESHES)}, under the plans {', '.join(KINDS)}: results, all gradients (of parameters",
@@ -209,13 +211,23 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _states(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Hashes of the library that models were run with, the one of most models first; of the others their models."""
+    models: dict[str, list[str]] = {}
+    for name, records in found.items():
+        for state in dict.fromkeys(record["library"] for record in records):
+            models.setdefault(state, []).append(name)
+    first, *rest = sorted(models, key=lambda state: -len(models[state]))
+    return "; ".join([f"`{first}`", *(f"`{state}` for {', '.join(models[state])}" for state in rest)])
+
+
 def _plain(text: str) -> str:
     """A cell of a table: without bars, and with file names from the package's folder on, and no addresses."""
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
     return re.sub(r"/\S*/site-packages/", "", text).replace(f"{ROOT}/", "").replace("|", "/").replace("\n", " ")
 
 
-def run_some(names: Sequence[str], waiting: dict[str, list[str]], jobs: int, until: float) -> None:
+def run_some(names: Sequence[str], waiting: dict[str, list[str]], jobs: int, until: float, keep: bool) -> None:
     """Run `waiting` in processes of their own, and say how each of `names` did."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, spawn, prepare_worker) as pool:
@@ -229,7 +241,7 @@ def run_some(names: Sequence[str], waiting: dict[str, list[str]], jobs: int, unt
                     return
                 except Exception as error:
                     keep_failure(name, waiting[name], f"the run ended with {type(error).__name__}: {error}")
-            records = [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
+            records = [record for mesh in MESHES if (record := known_result(name, mesh, keep)) is not None]
             print(f"{name}: {result_of(records, {**ENTRIES, **REFUSED}[name])}", flush=True)
 
 
@@ -238,6 +250,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*ENTRIES, *REFUSED])
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after this time")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="keep results of other states of the library")
     given, everything = parser.parse_args(), {**ENTRIES, **REFUSED}
     RESULTS.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -245,13 +258,13 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
 
     def missing_meshes(name: str) -> list[str]:
-        return [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh) is None]
+        return [mesh for mesh in (MESHES if name in ENTRIES else MESHES[:1]) if known_result(name, mesh, given.keep) is None]
 
     for start in range(0, len(names), MODELS_A_POOL):
         some = names[start : start + MODELS_A_POOL]
-        run_some(some, {name: meshes for name in some if (meshes := missing_meshes(name))}, given.jobs, until)
+        run_some(some, {name: meshes for name in some if (meshes := missing_meshes(name))}, given.jobs, until, given.keep)
         for name in some:
-            found[name] = [record for mesh in MESHES if (record := known_result(name, mesh)) is not None]
+            found[name] = [record for mesh in MESHES if (record := known_result(name, mesh, given.keep)) is not None]
     PAGE.write_text(page(found))
     failing = [name for name in names if name in ENTRIES and failures_of(found[name])]
     failing += [name for name in names if name in REFUSED and found[name] and result_of(found[name], everything[name]).startswith("**")]
