@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from autoshard.program import Program, facts, is_of_runtime
+from autoshard.program import Program, facts, is_of_runtime, op_name
 from autoshard.stages import prepared_by
+
+_RECURRENT = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")
 
 
 def whole_because(stage: Program) -> str:
@@ -80,10 +82,14 @@ def _meetings(leaf: fx.Node, path: set[fx.Node]) -> list[fx.Node]:
 
 
 def _is_fused(node: fx.Node) -> bool:
-    """Whether an op is one autograd function of Python: ops of other libraries, and attention over split sequences."""
+    """Whether an op is one autograd function of Python, as those of other libraries and attention over split sequences.
+
+    Or a recurrent layer, which meets its weights once here and at every step of the sequence in autograd's graph.
+    """
     if is_of_runtime(node.target):
         return str(getattr(node.target, "__module__", "")).endswith(".attention")
-    return facts(node).role == "op" and not str(node.target).startswith("aten.")
+    name = op_name(node)
+    return facts(node).role == "op" and (not name.startswith("aten.") or name.startswith(_RECURRENT))
 
 
 def _name(leaf: fx.Node) -> str:

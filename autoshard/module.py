@@ -27,7 +27,14 @@ from autoshard.errors import InputError, PlanError
 from autoshard.loaded_program import LoadedProgram, load_program
 from autoshard.mesh import PIPELINE_AXIS, MeshSpec, check_mesh, group_of_all, mesh_of_stage
 from autoshard.module_state import State, slots_of
-from autoshard.other_stages import all_parameters, changed_alone, drop_other_stages, follow_dtypes, told_to_freeze_before
+from autoshard.other_stages import (
+    all_parameters,
+    changed_alone,
+    drop_other_stages,
+    follow_dtypes,
+    told_to_freeze_before,
+    trained_everywhere,
+)
 from autoshard.pipeline_timeline import PipelineEvent
 from autoshard.pipelined_program import PipelinedProgram
 from autoshard.placements import I, Layout, R, shard
@@ -141,10 +148,7 @@ class ShardedModule(nn.Module):
         state = self._state
         self._look_up()
         modes = tuple([module.training for module in state.members])
-        alone = changed_alone(state) if state.trained else []
-        trained = tuple(
-            [state.trained[name] if name in alone else owner[leaf].requires_grad for name, (owner, leaf) in state.slots.items()]
-        )
+        alone, trained = changed_alone(state), tuple(trained_everywhere(state).values())
         keys = tuple([leaf_key(leaf) for leaf in leaves])
         marks: Marks = ()
         if state.settings.dynamic is not None:
@@ -355,8 +359,9 @@ class ShardedModule(nn.Module):
                     "plan before that: pass example_inputs to autoshard.compile"
                 )
             originals = dict(state.source.named_parameters())
-            for name, parameter in all_parameters(state):
-                originals[name].requires_grad_(parameter.requires_grad)
+            trained = trained_everywhere(state)
+            for name, _ in all_parameters(state):
+                originals[name].requires_grad_(trained[name])
             for mine, theirs in zip(self.modules(), state.source.modules(), strict=True):
                 theirs.training = mine.training
             plan = next((p for p in state.adopted if self._fits(p, args, kwargs, leaves)), None) or self._plan(args, kwargs, leaves, marks)
@@ -427,7 +432,7 @@ class ShardedModule(nn.Module):
             return False
         if program.baked != baked_values(leaves, self):
             return False
-        trained = {name: owner[leaf].requires_grad for name, (owner, leaf) in self._state.slots.items()}
+        trained = trained_everywhere(self._state)
         if any(facts(node).needs_grad != trained[name] for name, node in program.parameters().items()):
             return False
         given = [(described(self._global_example(leaf)), self._entry(leaf)) for leaf in leaves if isinstance(leaf, torch.Tensor)]

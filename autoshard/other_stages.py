@@ -58,6 +58,12 @@ def changed_alone(state: State) -> list[str]:
     return found
 
 
+def trained_everywhere(state: State) -> dict[str, bool]:
+    """By name whether a parameter is trained, alike on all ranks: where one rank alone knows of a change, as it was before."""
+    alone = changed_alone(state)
+    return {name: state.trained[name] if name in alone else owner[leaf].requires_grad for name, (owner, leaf) in state.slots.items()}
+
+
 def told_to_freeze_before(name: str) -> PlanError:
     return PlanError(
         f"requires_grad of {name} changed after the model was cut into pipeline stages, and only its stage knows; freeze parameters "

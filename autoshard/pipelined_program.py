@@ -282,9 +282,10 @@ class _Gradients:
         overflows = torch.stack(finite).logical_not().any() if finite else torch.zeros((), dtype=torch.bool, device=scale.device)
         flag = overflows.to(torch.int32)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        gradient_scaling.tell(flag)
         if bool(flag) and not bool(overflows):
             for gradient in [gradient for gradient in gradients if gradient.numel()][:1]:
-                gradient.view(-1)[:1].fill_(float("nan"))
+                gradient[(slice(0, 1),) * gradient.dim()].fill_(float("nan"))
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:

@@ -72,6 +72,8 @@ def _note_gathered_results(program: Program, model: CostModel) -> None:
     """Say what it costs to give results whole to every rank, where that is more than little of the step."""
     found: dict[str, tuple[float, float]] = {}
     for node in tensor_operands(program.output):
+        if not facts(node).value.shape:  # whole in any case
+            continue
         seconds, nbytes, at = 0.0, 0.0, node
         while facts(at).role == "conversion" and not facts(at).is_constant:
             axis, collective, whole = sent_by(program, at, model)[0]

@@ -119,6 +119,27 @@ def test_a_stage_that_cannot_be_split_runs_whole(how: str) -> None:
     assert spent[3, "I"] == pytest.approx(plan.program.pipeline.costs[3].backward_s)  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_a_recurrent_layer_runs_whole() -> None:
+    """It meets its weights once in the program, and at every step of the sequence in autograd's graph."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.GRU(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+            return self.last(x)[0].square().mean()
+
+    asked = Pipelining(4, "zbv", starts=("layers.1", "layers.2", "last"))
+    plan = autoshard.plan(Recurrent().double(), "pp=2", (torch.zeros(8, 5, 8, dtype=torch.float64),), pipeline=asked)
+    assert [reason for reason in wholes(plan.program) if reason] == [
+        "last_gru computes the gradients of last.weight_ih_l0 and of its other operands in one function, which would run twice"
+    ]
+
+
 def test_attention_over_split_sequences_with_a_learned_mask_runs_whole() -> None:
     """Planted: the op that reads a weight is put in place of another."""
     stage = plan_of(Ends("")).program.stages[3]

@@ -131,6 +131,85 @@ def overflow_of_one(is_scaled: bool) -> list[bool]:
     return everyone
 
 
+def overflow_in_other_formats() -> bool:
+    """As overflow_of_one of convolutions whose gradients lie with channels innermost; whether any is finite on this rank."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.first(x))
+            return self.second(y.detach() * 1e200).mul(1e200).sum() + y.sum()
+
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    model = Net().double().to(memory_format=torch.channels_last)
+    compiled = autoshard.compile(model, mesh, pipeline=autoshard.Pipelining(2, starts=("second",)))
+    (compiled(torch.ones(4, 4, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)) * 2.0).backward()
+    return any(bool(p.grad.to_local().isfinite().all()) for p in compiled.parameters() if p.grad is not None)
+
+
+def scales_without_weights() -> tuple[list[float], list[float]]:
+    """Scales after each step of one process and of stages of which one has no weights; the second step overflows."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = nn.Linear(4, 4), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.first(x)).sum()
+
+    torch.manual_seed(0)
+    mesh, model, x = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)), Net().double(), torch.ones(4, 4, dtype=torch.float64)
+    compiled = autoshard.compile(copy.deepcopy(model), mesh, pipeline=autoshard.Pipelining(2, starts=("rest",)))
+    compiled.prepare(x)
+    found: list[list[float]] = []
+    for each in (model, compiled):
+        optimizer, scaler = torch.optim.SGD(each.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        found.append([])
+        for factor in (1.0, torch.inf, 1.0):
+            (scaler.scale(each(x)) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            found[-1].append(scaler.get_scale())
+    return found[0], found[1]
+
+
+def freeze_for_evaluation() -> tuple[float, float]:
+    """Losses before and after everything is frozen, which on each rank is another set of parameters."""
+    mesh, x = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)), torch.ones(4, 4, dtype=torch.float64)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x))).square().sum()
+
+    torch.manual_seed(0)
+    compiled = autoshard.compile(Net().double(), mesh, pipeline=autoshard.Pipelining(2, starts=("second",)))
+    before = compiled(x).item()
+    compiled.requires_grad_(False).eval()
+    with torch.no_grad():
+        return before, compiled(x).item()
+
+
+def of_unlike_stages() -> tuple[bool, tuple[list[float], list[float]], tuple[float, float]]:
+    return overflow_in_other_formats(), scales_without_weights(), freeze_for_evaluation()
+
+
+def test_stages_that_are_unlike_scale_and_evaluate_alike() -> None:
+    for is_any_finite, (expected, actual), (before, after) in run_on_ranks(2, of_unlike_stages):
+        assert not is_any_finite
+        assert expected == actual == [16.0, 8.0, 16.0]
+        assert before == after
+
+
 def both_scalings() -> tuple[tuple[list[float], list[float], float], list[bool]]:
     by_one = overflow_of_one(is_scaled=True)  # first, as a scaler that was used once is remembered
     return scale(), [*by_one, *overflow_of_one(is_scaled=False)]
