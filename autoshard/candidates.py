@@ -159,9 +159,9 @@ def lowered_axes(rule: Rule | None, factors: Sequence[str], axes: Sequence[str])
     return found
 
 
-def axes_in_place(rule: Rule, node: fx.Node, mesh: MeshSpec) -> dict[str, tuple[str, ...]]:
+def axes_in_place(rule: Rule, node: fx.Node, factors: Sequence[str], mesh: MeshSpec) -> dict[str, tuple[str, ...]]:
     """lowered_axes of a node of a typed program; keywords without axes where the lowering stands in for an op on one sample."""
-    axes = lowered_axes(rule, [strategy.factor for strategy in facts(node).strategies], mesh.axes)
+    axes = lowered_axes(rule, factors, mesh.axes)
     if axes or rule.lowering is None or not rule.lowering.lone_sample or not facts(node).value.needs_grad:
         return axes
     local = local_shape(facts(node).value.shape, facts(node).layout, mesh.shape)

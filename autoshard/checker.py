@@ -313,7 +313,7 @@ def _local_faults(
         if known.random_axes != (() if draws_random(node) and not known.is_drawn_whole else None):
             yield f"draws random numbers on axes {known.random_axes}, but is computed whole"
         return
-    axes = axes_in_place(rule, node, program.mesh)
+    axes = axes_in_place(rule, node, factors, program.mesh)
     lengths = lowered_sizes(rule, equation, factors, program.mesh.shape)
     given = {key: value for key, value in node.kwargs.items() if key.endswith(("_axes", "_sizes"))}
     is_own = known.op is None and rule.lowering is not None and node.target is getattr(runtime, rule.lowering.function)

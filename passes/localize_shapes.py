@@ -101,7 +101,7 @@ def _factors(node: fx.Node) -> list[str]:
 
 
 def _lower(program: Program, node: fx.Node, rule: Rule, equation: Equation) -> None:
-    axes = axes_in_place(rule, node, program.mesh)
+    axes = axes_in_place(rule, node, _factors(node), program.mesh)
     if axes and rule.lowering is not None:
         node.kwargs = {**node.kwargs, **axes, **lowered_sizes(rule, equation, _factors(node), program.mesh.shape)}
         lowering = getattr(runtime, rule.lowering.function)

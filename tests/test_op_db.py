@@ -32,6 +32,7 @@ EXCUSES = {
     "draws random numbers": "draws random numbers",
     "check_random_bounds handles only": "complex numbers",
     "SparseCPU": "sparse gradient",
+    "not supported with sparse gradients": "sparse gradient",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")

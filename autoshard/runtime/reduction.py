@@ -258,7 +258,7 @@ def _norm(x: Tensor, order: float, dims: list[int], keepdim: bool, axes: Sequenc
     if math.isinf(order):
         return (amax if order > 0 else amin)(x.abs(), dims, keepdim, reduced_axes=axes)
     local = torch.linalg.vector_norm(x, order, dims, keepdim)
-    if order == 0:
+    if order in (0, 1):
         return total(local, axes)
     for axis in reversed(axes):
         local = torch.linalg.vector_norm(all_gather_invariant(local.unsqueeze(0), axis, 0), order, 0)
