@@ -123,7 +123,7 @@ def prepare_worker() -> None:
 def run_and_keep(name: str, meshes: Sequence[str]) -> None:
     """run_one in a worker; its records are left in files."""
     for mesh, record in zip(meshes, run_one({**ENTRIES, **REFUSED}[name], meshes), strict=True):
-        path_of(name, mesh).write_text(json.dumps(record))
+        path_of(name, mesh).write_text(json.dumps(record).replace(f"{ROOT}/", ""))  # results may be kept elsewhere than they were made
 
 
 def keep_failure(name: str, meshes: Sequence[str], why: str) -> None:
@@ -224,7 +224,7 @@ def _states(found: dict[str, list[dict[str, Any]]]) -> str:
 def _plain(text: str) -> str:
     """A cell of a table: without bars, and with file names from the package's folder on, and no addresses."""
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
-    return re.sub(r"/\S*/site-packages/", "", text).replace(f"{ROOT}/", "").replace("|", "/").replace("\n", " ")
+    return re.sub(r"/\S*/site-packages/", "", text).replace("|", "/").replace("\n", " ")
 
 
 def run_some(names: Sequence[str], waiting: dict[str, list[str]], jobs: int, until: float, keep: bool) -> None:
