@@ -144,10 +144,10 @@ def routes(src: Layout, dst: Layout, shape: tuple[int, ...], sizes: tuple[int, .
     if found or not differing:
         return tuple(found) or ((),)
     blocking = [axis for axis in range(len(src)) if src[axis].is_split]
-    detour = [(axis, R) for axis in reversed(blocking)]
-    rest = [(axis, dst[axis]) for axis in range(len(src)) if axis in differing or axis in blocking]
-    route = _walk(src, [*detour, *rest], shape, sizes)
-    return (route,) if route else ()
+    rest = [axis for axis in range(len(src)) if axis in differing or axis in blocking]
+    orders = itertools.product(itertools.permutations(blocking), itertools.permutations(rest))
+    detours = ([*((axis, R) for axis in gathered), *((axis, dst[axis]) for axis in cut)] for gathered, cut in orders)
+    return tuple(dict.fromkeys(route for moves in detours if (route := _walk(src, moves, shape, sizes))))
 
 
 def _walk(
